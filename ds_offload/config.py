@@ -1,0 +1,240 @@
+"""`OffloadConfig`: everything a user may set, checked and normalised in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+from ds_offload.errors import InputError
+
+LABEL_BITS = (16, 8, 4, 2)
+KV_DTYPES = ("auto", "bf16", "fp16", "fp32")
+TOP_P_CAP = Fraction(1, 4)
+
+_TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
+_BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
+    f"{prefix}{suffix}": 2**power
+    for prefix, power in (("k", 10), ("m", 20), ("g", 30), ("t", 40))
+    for suffix in ("", "ib")
+}
+
+
+def _parse_size(value: Any, units: dict[str, int], field: str, example: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise InputError(f"{field}={value!r} is not a size; write {example}")
+    if isinstance(value, int):
+        size = value
+    else:
+        match = re.fullmatch(r"\s*(\d[\d_,]*(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+        unit = units.get(match[2].lower()) if match else None
+        if match is None or unit is None:
+            raise InputError(f"{field}={value!r} is not a size; write {example}")
+        size = int(Fraction(re.sub("[_,]", "", match[1])) * unit)
+    if size < 1:
+        raise InputError(f"{field}={value!r} must be at least 1; write {example}")
+    return size
+
+
+def parse_tokens(value: int | str, field: str = "max_context") -> int:
+    """A number of tokens: 4096, "256k" (x 1,024) or "1M" (x 1,048,576)."""
+    return _parse_size(value, _TOKEN_UNITS, field, "a number of tokens such as 4096, 256k or 1M")
+
+
+def parse_bytes(value: int | str, field: str = "gpu_memory") -> int:
+    """A number of bytes: 24000000000, "24GiB", "24G" (both x 2^30) or "24GB" (x 10^9)."""
+    return _parse_size(value, _BYTE_UNITS, field, "a number of bytes such as 24GiB or 24GB")
+
+
+@dataclass(frozen=True)
+class TokenBudget:
+    """How many tokens each KV head keeps at a decode step, the forced ones included.
+
+    Exactly one of the three is set: `count` tokens, a `fraction` of the context, or
+    the smallest set whose label scores reach `top_p` of the attention (at most
+    `TOP_P_CAP` of the context).
+    """
+
+    count: int | None = None
+    fraction: Fraction | None = None
+    top_p: float | None = None
+
+    @classmethod
+    def parse(cls, value: int | float | str) -> TokenBudget:
+        """Read a count (2048, "4k"), a fraction ("1/16", 0.25, "0.25") or "top-p:0.95"."""
+        wrong = InputError(
+            f"token_budget={value!r} is no budget; write a count of at least 1 such as 2048, "
+            'a fraction over 0 and up to 1 such as 1/16, or "top-p:0.95"'
+        )
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise wrong
+        try:
+            if isinstance(value, str):
+                text = value.strip().lower()
+                if text.startswith("top-p:"):
+                    top_p = float(text.removeprefix("top-p:"))
+                    if not 0 < top_p <= 1:
+                        raise wrong
+                    return cls(top_p=top_p)
+                if "/" in text or "." in text:
+                    fraction = Fraction(text)
+                    if not 0 < fraction <= 1:
+                        raise wrong
+                    return cls(fraction=fraction)
+                return cls(count=parse_tokens(text, "token_budget"))
+            if isinstance(value, float):
+                if not (math.isfinite(value) and 0 < value <= 1):
+                    raise wrong
+                return cls(fraction=Fraction(value).limit_denominator(1 << 20))
+            return cls(count=parse_tokens(value, "token_budget"))
+        except (ValueError, ZeroDivisionError):
+            raise wrong from None
+
+    def tokens(self, length: int) -> int:
+        """The most tokens kept of a context of `length` tokens (at least 1)."""
+        if self.count is not None:
+            return min(self.count, length)
+        share = self.fraction if self.fraction is not None else TOP_P_CAP
+        return max(1, math.ceil(share * length))
+
+    def __str__(self) -> str:
+        if self.top_p is not None:
+            return f"top-p:{self.top_p}"
+        if self.fraction is not None:
+            return f"{self.fraction.numerator}/{self.fraction.denominator}"
+        return str(self.count)
+
+
+def default_label_channels(head_dim: int, bits: int) -> int:
+    """Channels such that codes and the 8-bit scale spend 1/16 of a 16-bit key's bytes."""
+    scale_bits = 0 if bits == 16 else 8
+    return min(head_dim, max(1, (head_dim - scale_bits) // bits))
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """How a model decodes with its KV cache off the GPU. Set `max_context` and nothing else.
+
+    Attributes:
+        max_context: Most tokens of prompt and answer together (4096, "256k", "1M");
+            None is what the model was trained for.
+        token_budget: Tokens each KV head attends to per step, sinks, recent window and
+            current token included: a count, a fraction ("1/16") or "top-p:0.95".
+        label_channels: Channels of every key kept on the GPU; None spends 1/16 of a
+            16-bit key's bytes, the scale counted.
+        label_bits: Bits per kept channel: 16, 8, 4 or 2.
+        sink_tokens: First tokens of the context that are always attended.
+        recent_tokens: Last tokens before the current one that are always attended.
+        dense_layers: Layers whose K/V stay on the GPU and are attended in full.
+        kv_location: "host" keeps the K/V in (pinned) host memory, "gpu" on the device.
+        kv_dtype: dtype of the stored K/V; "auto" is the model's own.
+        prefetch: "exact" (prediction warms, the true query selects), "speculative"
+            (the prediction selects, as in the paper) or "off".
+        hot_set: Rows kept on the GPU per layer and KV head, as a multiple of the budget.
+        gpu_memory: Bytes of GPU memory to stay under ("24GiB"); None is what is free.
+        host_memory: The same for the host.
+        calibration: File made by `ds-offload calibrate`; None finds or makes one.
+        segment_tokens: Tokens by which the host store grows.
+
+    Raises:
+        InputError: A value out of range, naming what was given and what is needed.
+    """
+
+    max_context: int | str | None = None
+    token_budget: int | float | str = "1/16"
+    label_channels: int | None = None
+    label_bits: int = 2
+    sink_tokens: int = 4
+    recent_tokens: int = 64
+    dense_layers: tuple[int, ...] = ()
+    kv_location: Literal["host", "gpu"] = "host"
+    kv_dtype: str = "auto"
+    prefetch: Literal["exact", "speculative", "off"] = "exact"
+    hot_set: float = 2.0
+    gpu_memory: int | str | None = None
+    host_memory: int | str | None = None
+    calibration: str | None = None
+    segment_tokens: int | str = 1024
+
+    def __post_init__(self) -> None:
+        def fix(field: str, value: Any) -> None:
+            object.__setattr__(self, field, value)
+
+        if self.max_context is not None:
+            fix("max_context", parse_tokens(self.max_context))
+        fix("token_budget", str(TokenBudget.parse(self.token_budget)))
+        fix("segment_tokens", parse_tokens(self.segment_tokens, "segment_tokens"))
+        for field in ("gpu_memory", "host_memory"):
+            if getattr(self, field) is not None:
+                fix(field, parse_bytes(getattr(self, field), field))
+        if self.calibration is not None:
+            fix("calibration", str(self.calibration))
+        self._one_of("label_bits", LABEL_BITS)
+        self._one_of("kv_location", ("host", "gpu"))
+        self._one_of("prefetch", ("exact", "speculative", "off"))
+        if self.kv_dtype in ("int8", "int4"):
+            raise InputError(
+                f"kv_dtype={self.kv_dtype!r} is not available in this version; use one of {', '.join(KV_DTYPES)}"
+            )
+        self._one_of("kv_dtype", KV_DTYPES)
+        self._at_least("sink_tokens", 0)
+        self._at_least("recent_tokens", 0)
+        if self.label_channels is not None:
+            self._at_least("label_channels", 1)
+        if isinstance(self.hot_set, bool) or not isinstance(self.hot_set, int | float) or not 1 <= self.hot_set < 1e6:
+            raise InputError(f"hot_set={self.hot_set!r} must be a multiple of the budget of at least 1, such as 2")
+        fix("hot_set", float(self.hot_set))
+        layers = self.dense_layers
+        if isinstance(layers, str) or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in layers):
+            raise InputError(f"dense_layers={layers!r} must be layer numbers from 0, such as (0, 1)")
+        fix("dense_layers", tuple(sorted(set(layers))))
+
+    def _one_of(self, field: str, allowed: tuple[Any, ...]) -> None:
+        if getattr(self, field) not in allowed:
+            raise InputError(f"{field}={getattr(self, field)!r} must be one of {', '.join(map(str, allowed))}")
+
+    def _at_least(self, field: str, least: int) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{field}={value!r} must be a whole number of at least {least}")
+
+    @property
+    def budget(self) -> TokenBudget:
+        """`token_budget`, parsed."""
+        return TokenBudget.parse(self.token_budget)
+
+    def resolve(self, *, head_dim: int, layers: int, trained_context: int, kv_dtype: str) -> OffloadConfig:
+        """The same config with every None and "auto" that a model decides filled in.
+
+        Args:
+            head_dim: Channels of one key.
+            layers: Decoder layers of the model.
+            trained_context: Positions the model was trained for.
+            kv_dtype: The model's own dtype, as a name from `KV_DTYPES`.
+
+        Raises:
+            InputError: More label channels than the head has, or a dense layer beyond the last.
+        """
+        channels = self.label_channels
+        if channels is None:
+            channels = default_label_channels(head_dim, self.label_bits)
+        if channels > head_dim:
+            raise InputError(
+                f"label_channels={channels} is more than the head's {head_dim} channels; use {head_dim} or fewer"
+            )
+        beyond = [n for n in self.dense_layers if n >= layers]
+        if beyond:
+            raise InputError(f"dense_layers={beyond[0]} is beyond the last layer; this model has layers 0 to {layers - 1}")
+        return dataclasses.replace(
+            self,
+            max_context=trained_context if self.max_context is None else self.max_context,
+            label_channels=channels,
+            kv_dtype=kv_dtype if self.kv_dtype == "auto" else self.kv_dtype,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self) | {"dense_layers": list(self.dense_layers)}
