@@ -1,0 +1,53 @@
+"""Append of new tokens' K/V rows to the segmented host store, without waiting for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds_offload.kernels.gather import SegmentTable
+
+
+def append_rows(table: SegmentTable, layer: int, positions: Tensor, rows: Tensor) -> None:
+    """Write one token's K/V row per sequence and KV head into the store.
+
+    On CUDA one launch writes pinned memory directly; the rows are in host memory once
+    an event recorded after it has completed.
+
+    Args:
+        table: Where the rows lie; the segment of each position exists.
+        layer: Layer to write.
+        positions: int64 [B] on the compute device, token number per sequence; below 0:
+            skip the sequence.
+        rows: [B, Hkv, 2, D] of the table's dtype on the compute device.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; on the CPU also a position
+            that has no segment. On CUDA, where checking would wait for the device,
+            such a row is not written.
+    """
+    append_rows_reference(table, layer, positions, rows)
+
+
+def append_rows_reference(table: SegmentTable, layer: int, positions: Tensor, rows: Tensor) -> None:
+    """`append_rows` in torch, one copy per sequence. Waits for the device."""
+    _check_append(table, layer, positions, rows)
+    for b, position in enumerate(positions.tolist()):
+        if position < 0:
+            continue
+        segment, offset = divmod(position, table.segment_tokens)
+        if segment >= len(table.tensors[b]):
+            raise ValueError(f"sequence {b}: token {position} has no segment; it has {len(table.tensors[b])}")
+        table.tensors[b][segment][layer, :, offset].copy_(rows[b])
+
+
+def _check_append(table: SegmentTable, layer: int, positions: Tensor, rows: Tensor) -> None:
+    if rows.dim() != 4 or rows.shape[2] != 2:
+        raise ValueError(f"rows {tuple(rows.shape)} must be [B, Hkv, 2, D]")
+    batch, kv_heads, _, dim = rows.shape
+    if positions.dtype != torch.int64 or positions.shape != (batch,):
+        raise ValueError(f"positions {positions.dtype} {tuple(positions.shape)} must be int64 ({batch},)")
+    table.check(layer, batch, (kv_heads, dim), rows.dtype)
+    for name, value in (("positions", positions), ("addresses", table.addresses)):
+        if value.device != rows.device:
+            raise ValueError(f"{name} on {value.device} must be on {rows.device} like the rows")
