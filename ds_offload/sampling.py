@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from ds_offload.errors import InputError
 from ds_offload.notices import warn
 
 LOWEST_TEMPERATURE = 1e-4  # below it, float32 logits divided by the temperature may overflow
+
+
+_warn_once = functools.cache(warn)
 
 
 def _number(value: Any) -> bool:
@@ -89,7 +93,9 @@ class SamplingParams:
         without_effect = [name for name in ("top_k", "min_p") if getattr(self, name)]
         without_effect += ["top_p"] if self.top_p not in (None, 1) else []
         if t == 0 and without_effect:
-            warn(f"temperature is 0, so {', '.join(without_effect)} has no effect; set a temperature above 0 to sample")
+            _warn_once(
+                f"temperature is 0, so {', '.join(without_effect)} has no effect; set a temperature above 0 to sample"
+            )
 
     def processors(self) -> LogitsProcessorList:
         """transformers' processors, in the order of its `generate`; they take (ids [1, N], logits [1, vocab])."""

@@ -1,0 +1,118 @@
+"""`ds-offload run`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ds_offload.cli.config_options import config_options
+from ds_offload.cli.figures import figures_line
+from ds_offload.cli.option_groups import ModelOptions, model_options, sampling_options
+from ds_offload.cli.progress import ProgressReport
+from ds_offload.cli.text_source import read_prompt
+from ds_offload.config import OffloadConfig
+from ds_offload.errors import InputError
+from ds_offload.notices import notice
+
+if TYPE_CHECKING:
+    from ds_offload.generator import OffloadedGenerator
+    from ds_offload.sampling import SamplingParams
+
+
+@config_options
+@sampling_options
+@model_options
+def run(
+    model: ModelOptions,
+    sampling: dict[str, Any],
+    config: OffloadConfig,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.", metavar="TEXT")] = None,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option("--prompt-file", "-f", metavar="FILE", help="A text file with the prompt; - is standard input."),
+    ] = None,
+    question: Annotated[
+        str | None,
+        typer.Option("--question", "-q", metavar="TEXT", help="A question about the prompt, which is then a document."),
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Answer a prompt. The prompt comes from --prompt, --prompt-file or a pipe."""
+    text = read_prompt(prompt, prompt_file)
+    if question is not None and not question.strip():
+        raise InputError("--question is empty; give a question about the prompt, or leave it out")
+    check_sampling(sampling)
+
+    from ds_offload.generator import OffloadedGenerator
+
+    with OffloadedGenerator.from_pretrained(**dataclasses.asdict(model), config=config) as generator:
+        answer(generator, build_prompt(text, question, chat, generator.tokenizer), sampling, as_json)
+
+
+def check_sampling(sampling: dict[str, Any]) -> SamplingParams:
+    """The sampling options, checked before a model loads.
+
+    Raises:
+        InputError: Naming the field.
+    """
+    from ds_offload.sampling import SamplingParams
+
+    return SamplingParams(**sampling)
+
+
+def build_prompt(text: str, question: str | None, chat: bool, tokenizer: Any) -> Any:
+    """What the generator is given: text, messages, or token ids where the model has no tokenizer.
+
+    Raises:
+        InputError: A question or a chat without a tokenizer, or text that is no token ids.
+    """
+    from ds_offload.prompts import document_prompt, has_chat_template, parse_token_ids
+
+    if tokenizer is None:
+        if question is not None or chat:
+            name = "--question" if question is not None else "--chat"
+            raise InputError(
+                f"{name} needs a tokenizer, and this model's folder has none; give token ids as the prompt without it"
+            )
+        return parse_token_ids(text)
+    if chat and not has_chat_template(tokenizer):
+        raise InputError("--chat needs a chat template, and this model has none; leave --chat out")
+    if question is not None:
+        return document_prompt(text, question, tokenizer)
+    return [{"role": "user", "content": text}] if chat else text
+
+
+def answer(generator: OffloadedGenerator, prompt: Any, sampling: dict[str, Any], as_json: bool) -> None:
+    """Generate and print: the text as it comes and a line of figures on stderr, or one JSON object."""
+    if as_json:
+        with ProgressReport() as progress:
+            output = generator.generate(prompt, on_progress=progress, **sampling)
+        result = {
+            "model": generator.loaded.source.name,
+            "text": output.text,
+            "token_ids": output.token_ids,
+            "prompt_tokens": output.prompt_tokens,
+            "new_tokens": len(output.token_ids),
+            "finish_reason": output.finish_reason,
+            "stats": output.stats,
+            "config": generator.config.to_dict(),
+        }
+        print(json.dumps(result))
+        return
+    # The answer itself shows how far decoding is, so only the prompt's progress is reported.
+    with ProgressReport(phases=("prefill",)) as progress:
+        for piece in generator.stream(prompt, on_progress=progress, **sampling):
+            progress.close()
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    output = generator.last_output
+    assert output is not None
+    if not output.text.endswith("\n"):
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    notice(figures_line(output))

@@ -1,0 +1,100 @@
+"""Prompts from the command line, from files and through pipes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from ds_offload.cli.text_source import read_prompt, read_text_file
+from ds_offload.errors import InputError
+
+
+class NoTerminal:
+    def __init__(self, data: bytes) -> None:
+        self.buffer = self
+        self.data = data
+
+    def read(self) -> bytes:
+        return self.data
+
+    def isatty(self) -> bool:
+        return False
+
+
+def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_bytes("first\r\nzweite Zeile: é 🐋\n".encode())
+    assert read_text_file(str(file)) == "first\r\nzweite Zeile: é 🐋\n"
+    file.write_bytes(b"\xef\xbb\xbfwith a byte order mark")
+    assert read_text_file(str(file)) == "with a byte order mark"
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "is empty"),
+        (b" \n\t ", "only white space"),
+        (b"text\0more", "binary"),
+        (b"\x7fELF\x02\x01\x01\x00", "binary"),
+        ("sixteen".encode("utf-16"), "binary"),
+        (b"caf\xe9", "not UTF-8 text (byte 3)"),
+    ],
+)
+def test_files_that_are_no_text(tmp_path: Path, data: bytes, words: str) -> None:
+    file = tmp_path / "text.txt"
+    file.write_bytes(data)
+    with pytest.raises(InputError) as caught:
+        read_text_file(str(file))
+    assert words in str(caught.value) and "text.txt" in str(caught.value)
+
+
+def test_paths_that_are_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        read_text_file(str(tmp_path / "missing.txt"))
+    with pytest.raises(InputError, match="is a folder"):
+        read_text_file(str(tmp_path))
+    with pytest.raises(InputError, match="cannot be read"):
+        read_text_file("a\0b")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_text_file("x" * 5000)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file")
+def test_a_file_without_permission(tmp_path: Path) -> None:
+    file = tmp_path / "secret.txt"
+    file.write_text("text")
+    file.chmod(0)
+    with pytest.raises(InputError, match="may not be read"):
+        read_text_file(str(file))
+
+
+def test_where_the_prompt_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("from the file")
+    monkeypatch.setattr(sys, "stdin", NoTerminal(b"from the pipe"))
+    assert read_prompt("given", None) == "given"
+    assert read_prompt(None, str(file)) == "from the file"
+    assert read_prompt(None, None) == read_prompt("-", None) == read_prompt(None, "-") == "from the pipe"
+
+
+def test_no_prompt_or_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="both given"):
+        read_prompt("given", "file")
+    with pytest.raises(InputError, match="--prompt is empty"):
+        read_prompt("", None)
+    monkeypatch.setattr(sys, "stdin", NoTerminal(b""))
+    with pytest.raises(InputError, match="standard input is empty"):
+        read_prompt(None, None)
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="no prompt was given"):
+        read_prompt(None, None)
+    with pytest.raises(InputError, match="closed"):
+        read_prompt(None, "-")
+
+
+def test_bytes_of_the_command_line_that_are_no_text() -> None:
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_prompt(os.fsdecode(b"caf\xe9"), None)
