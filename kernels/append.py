@@ -5,7 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_offload.kernels.gather import SegmentTable
+from ds_offload.kernels.gather import SegmentTable, row_address
+from ds_offload.kernels.triton_runtime import jit, launching, power_of_two, tl
+
+
+@jit(do_not_specialize=["layer", "segments"])
+def _append_kernel(
+    addresses,
+    positions,
+    rows,
+    layer,
+    heads,
+    segments,
+    SEGMENT_TOKENS: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    WORDS_PAD: tl.constexpr,
+):
+    """One program copies the row of one sequence and KV head, as 4-byte words."""
+    pair = tl.program_id(0) + tl.arange(0, 1)
+    b = pair // heads
+    position = tl.load(positions + b)
+    address = row_address(
+        addresses, b, pair % heads, position, position >= 0, layer, heads, segments, SEGMENT_TOKENS, ROW_WORDS * 4
+    )
+    word = tl.arange(0, WORDS_PAD)
+    copied = (address != 0)[:, None] & (word < ROW_WORDS)[None, :]
+    value = tl.load(rows + (pair.to(tl.int64) * ROW_WORDS)[:, None] + word[None, :], mask=copied, other=0)
+    tl.store(address.to(tl.pointer_type(tl.int32))[:, None] + word[None, :], value, mask=copied)
 
 
 def append_rows(table: SegmentTable, layer: int, positions: Tensor, rows: Tensor) -> None:
@@ -26,7 +52,31 @@ def append_rows(table: SegmentTable, layer: int, positions: Tensor, rows: Tensor
             that has no segment. On CUDA, where checking would wait for the device,
             such a row is not written.
     """
-    append_rows_reference(table, layer, positions, rows)
+    if not rows.is_cuda:
+        append_rows_reference(table, layer, positions, rows)
+        return
+    _check_append(table, layer, positions, rows)
+    with launching(rows.device, "append_rows"):
+        _launch(table, layer, positions, rows)
+
+
+def _launch(table: SegmentTable, layer: int, positions: Tensor, rows: Tensor) -> None:
+    batch, kv_heads, _, dim = rows.shape
+    if batch == 0 or kv_heads == 0:
+        return
+    words = 2 * dim * rows.element_size() // 4
+    _append_kernel[(batch * kv_heads,)](
+        table.addresses,
+        positions.contiguous(),
+        rows.contiguous().view(batch, kv_heads, 2 * dim).view(torch.int32),
+        layer,
+        kv_heads,
+        table.addresses.shape[1],
+        SEGMENT_TOKENS=table.segment_tokens,
+        ROW_WORDS=words,
+        WORDS_PAD=power_of_two(words),
+        num_warps=1,
+    )
 
 
 def append_rows_reference(table: SegmentTable, layer: int, positions: Tensor, rows: Tensor) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_offload.kernels.triton_runtime import jit, launching, power_of_two, tl
+
 
 @dataclass(frozen=True)
 class SegmentTable:
@@ -50,8 +52,107 @@ class SegmentTable:
         shape = (segment.shape[0], row[0], self.segment_tokens, 2, row[1])
         if segment.shape != shape or segment.dtype != dtype:
             raise ValueError(f"segments are {segment.dtype} {tuple(segment.shape)}; the rows need {dtype} {shape}")
+        if segment.data_ptr() % 16:
+            raise ValueError(f"segments must begin at a multiple of 16 bytes, not at {segment.data_ptr():#x}")
         if not 0 <= layer < segment.shape[0]:
             raise ValueError(f"layer={layer} is not one of the table's {segment.shape[0]} layers")
+
+
+@dataclass(frozen=True)
+class GatherLaunch:
+    """Launch of the CUDA kernel: programs, rows each copies at a time, warps of a program."""
+
+    programs: int
+    tile_rows: int
+    warps: int
+
+
+def gather_launch(rows: int, row_bytes: int) -> GatherLaunch:
+    """The launch for a number of rows (at least 1) of `row_bytes` bytes.
+
+    64 programs of 4 warps saturate a PCIe 5 x16 link (32 nearly do) and leave the other
+    multiprocessors to the compute stream. A program has about 16 KiB in flight, so that
+    all of them cover the link's latency.
+    """
+    tile_rows = max(1, 16384 // (4 * power_of_two(row_bytes // 4)))
+    return GatherLaunch(programs=min(64, -(-rows // tile_rows)), tile_rows=tile_rows, warps=4)
+
+
+@jit
+def row_address(
+    addresses,
+    b,
+    h,
+    token,
+    live,
+    layer,
+    heads,
+    segments,
+    SEGMENT_TOKENS: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+):
+    """Where tokens' rows lie, for use inside a kernel: int64 addresses, 0 where there is no row.
+
+    Args:
+        addresses: Pointer to int64 [B, segments], see `SegmentTable`.
+        b, h, token: Integers or integer tensors of one shape: sequence, KV head, token
+            number (below 2 ** 31).
+        live: bool of that shape; where it is false nothing is read and the result is 0.
+    """
+    token = tl.where(live, token, 0).to(tl.int32)
+    segment = token // SEGMENT_TOKENS
+    base = tl.load(addresses + b * segments + segment, mask=live & (segment < segments), other=0)
+    row = (h.to(tl.int64) + layer * heads) * SEGMENT_TOKENS + token % SEGMENT_TOKENS
+    return tl.where(base != 0, base + row * ROW_BYTES, 0)
+
+
+@jit(do_not_specialize=["rows", "rows_per_program", "layer", "kept", "segments"])
+def _gather_kernel(
+    addresses,
+    tokens,
+    slots,
+    out,
+    rows,
+    rows_per_program,
+    layer,
+    heads,
+    kept,
+    segments,
+    stride_b,
+    stride_h,
+    stride_slot,
+    SEGMENT_TOKENS: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    WORDS_PAD: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    """Copies rows as 4-byte words, a contiguous range of entries per program; strides of `out` in words."""
+    start = tl.program_id(0) * rows_per_program
+    last = tl.minimum(start + rows_per_program, rows)
+    word = tl.arange(0, WORDS_PAD)
+    while start < last:
+        index = start + tl.arange(0, TILE_ROWS)
+        token = tl.load(tokens + index, mask=index < last, other=-1)
+        slot = tl.load(slots + index, mask=index < last, other=0)
+        b = index // kept // heads
+        h = index // kept % heads
+        address = row_address(addresses, b, h, token, token >= 0, layer, heads, segments, SEGMENT_TOKENS, ROW_WORDS * 4)
+        copied = (address != 0)[:, None] & (word < ROW_WORDS)[None, :]
+        source = address.to(tl.pointer_type(tl.int32))[:, None] + word[None, :]
+        row = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + slot * stride_slot
+        target = out + row[:, None] + word[None, :]
+        # Loaded addresses carry no alignment the compiler could see; without the hint it copies word by word.
+        source = tl.multiple_of(source, [1, ALIGNMENT])
+        target = tl.multiple_of(target, [1, ALIGNMENT])
+        tl.store(target, tl.load(source, mask=copied, other=0), mask=copied)
+        start += TILE_ROWS
+
+
+def row_alignment(words: Tensor) -> int:
+    """Bytes to which every row of int32 `words` [B, Hkv, C, row words] is aligned: 16, or 4."""
+    strides = (words.stride(0), words.stride(1), words.stride(2), words.shape[3])
+    return 16 if words.data_ptr() % 16 == 0 and all(stride % 4 == 0 for stride in strides) else 4
 
 
 def gather_rows(table: SegmentTable, layer: int, tokens: Tensor, slots: Tensor, out: Tensor) -> Tensor:
@@ -77,7 +178,42 @@ def gather_rows(table: SegmentTable, layer: int, tokens: Tensor, slots: Tensor, 
             has no segment. On CUDA, where checking would wait for the device, the slot
             of such a token is not written.
     """
-    return gather_rows_reference(table, layer, tokens, slots, out)
+    if not out.is_cuda:
+        return gather_rows_reference(table, layer, tokens, slots, out)
+    _check_gather(table, layer, tokens, slots, out)
+    with launching(out.device, "gather_rows"):
+        _launch(table, layer, tokens, slots, out)
+    return out
+
+
+def _launch(table: SegmentTable, layer: int, tokens: Tensor, slots: Tensor, out: Tensor) -> None:
+    rows = tokens.numel()
+    if rows == 0:
+        return
+    row_bytes = 2 * out.shape[4] * out.element_size()
+    launch = gather_launch(rows, row_bytes)
+    words = out.view(*out.shape[:3], 2 * out.shape[4]).view(torch.int32)
+    _gather_kernel[(launch.programs,)](
+        table.addresses,
+        tokens.contiguous(),
+        slots.contiguous(),
+        words,
+        rows,
+        -(-rows // launch.programs),
+        layer,
+        out.shape[1],
+        tokens.shape[2],
+        table.addresses.shape[1],
+        words.stride(0),
+        words.stride(1),
+        words.stride(2),
+        SEGMENT_TOKENS=table.segment_tokens,
+        ROW_WORDS=row_bytes // 4,
+        WORDS_PAD=power_of_two(row_bytes // 4),
+        TILE_ROWS=launch.tile_rows,
+        ALIGNMENT=row_alignment(words),
+        num_warps=launch.warps,
+    )
 
 
 def gather_rows_reference(table: SegmentTable, layer: int, tokens: Tensor, slots: Tensor, out: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_offload.kernels.triton_runtime import jit, power_of_two, tl
+
 SCALE_STEPS = 12
 SCALE_BIAS = 128
 FLOAT16_MAX = 65504.0
@@ -55,9 +57,127 @@ class LabelLayout:
         return -(-self.channels * self.bits // 8)
 
     @property
+    def elements(self) -> int:
+        """What a kernel decodes at a time: float16 values at 16 bits, else bytes of codes."""
+        return self.channels if self.bits == 16 else self.code_bytes
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one token's label: the codes and, below 16 bits, the scale byte."""
         return self.code_bytes + (0 if self.bits == 16 else 1)
+
+
+@jit
+def _arrange_query_kernel(
+    query,
+    out,
+    factor,
+    R: tl.constexpr,
+    BITS: tl.constexpr,
+    PER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDTH_PAD: tl.constexpr,
+):
+    head = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, PER)[:, None]
+    place = tl.arange(0, WIDTH_PAD)[None, :]
+    channel = place * PER + slot
+    value = tl.load(query + head * R + channel, mask=channel < R, other=0.0) * factor
+    if BITS < 16:
+        value = value * tl.exp2((8 - BITS * slot).to(tl.float32))
+    tl.store(out + head * PER * WIDTH + slot * WIDTH + place, value, mask=place < WIDTH)
+
+
+def arrange_query(query: Tensor, layout: LabelLayout, tile: int, scaling: float) -> Tensor:
+    """Lay queries out as `label_dots` reads them: by position in a byte, then by byte.
+
+    Args:
+        query: float32 [B, H, R], contiguous, CUDA.
+        layout: The code of the labels.
+        tile: The TILE that `label_dots` will get.
+        scaling: Factor of every score.
+
+    Returns:
+        float32 [B, H, codes per byte, code bytes rounded up to a multiple of `tile`],
+        zero where there is no channel; scaling and the levels' constant are folded in.
+    """
+    per_byte = 1 if layout.bits == 16 else 8 // layout.bits
+    width = -(-layout.elements // tile) * tile
+    out = query.new_empty(*query.shape[:2], per_byte, width)
+    _arrange_query_kernel[(query.shape[0] * query.shape[1],)](
+        query,
+        out,
+        scaling if layout.bits == 16 else scaling * 2 / (2**layout.bits - 1),
+        R=layout.channels,
+        BITS=layout.bits,
+        PER=per_byte,
+        WIDTH=width,
+        WIDTH_PAD=power_of_two(width),
+        num_warps=1,
+    )
+    return out
+
+
+@jit
+def label_dots(
+    rows,
+    live,
+    query,
+    R: tl.constexpr,
+    BITS: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Products of packed labels with queries of one group, for use inside a kernel.
+
+    Args:
+        rows: [BLOCK] pointers to uint8, the first byte of each token's row.
+        live: [BLOCK] bool, rows that may be read; the products of others mean nothing.
+        query: Pointer to the first of HEADS queries as `arrange_query` lays it out.
+        TILE: Stored elements (code bytes, or float16 values) of a row decoded at a time.
+
+    Returns:
+        float32 [BLOCK, HEADS_PAD]; columns from HEADS on are zero.
+
+    A code becomes a float without an integer conversion, which is slow on GPUs: its
+    bits are put into the mantissa of a number in [1, 2), and one exact subtraction
+    leaves (c - n / 2) times a power of two, which the arranged query undoes.
+    """
+    PER: tl.constexpr = 1 if BITS == 16 else 8 // BITS
+    WIDTH: tl.constexpr = ((R + PER - 1) // PER + TILE - 1) // TILE * TILE
+    element = tl.arange(0, TILE)
+    group = tl.arange(0, HEADS_PAD)
+    dots = tl.zeros([BLOCK, HEADS_PAD], tl.float32)
+    for first in tl.static_range(0, WIDTH, TILE):
+        place = first + element
+        inside = live[:, None]
+        if BITS == 16:
+            if first + TILE > R:
+                inside = inside & (place < R)[None, :]
+            codes = tl.load(rows.to(tl.pointer_type(tl.float16))[:, None] + place[None, :], mask=inside, other=0.0)
+        else:
+            if first + TILE > ROW_BYTES:
+                inside = inside & (place < ROW_BYTES)[None, :]
+            codes = tl.load(rows[:, None] + place[None, :], mask=inside, other=0).to(tl.int32) << 15
+        for g in tl.static_range(HEADS):
+            products = tl.zeros([BLOCK, TILE], tl.float32)
+            for slot in tl.static_range(PER):
+                if BITS == 16:
+                    level = codes.to(tl.float32)
+                else:
+                    # Byte bits 0..7 sit in mantissa bits 15..22, worth 2 ** -8 .. 2 ** -1.
+                    field = codes & ((2**BITS - 1) << (15 + BITS * slot))
+                    level = (field | 0x3F800000).to(tl.float32, bitcast=True)
+                    level = level - (1.0 + (2**BITS - 1) * 2.0 ** (BITS * slot - 9))
+                products += level * tl.load(query + (g * PER + slot) * WIDTH + place)[None, :]
+            dots += tl.where(group[None, :] == g, tl.sum(products, axis=1)[:, None], 0.0)
+    if BITS < 16:
+        step = tl.load(rows + (ROW_BYTES - 1), mask=live, other=0).to(tl.float32)
+        dots = dots * tl.exp2((step - 128.0) * (1.0 / 12.0))[:, None]
+    return dots
 
 
 def encode_labels(keys: Tensor, layout: LabelLayout, out: Tensor | None = None) -> Tensor:

@@ -2,13 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ds_offload.kernels.label_codec import LabelLayout, decode_labels
+from ds_offload.kernels.label_codec import LabelLayout, arrange_query, decode_labels, label_dots
+from ds_offload.kernels.triton_runtime import jit, launching, power_of_two, tl
 
 # Tokens decoded at a time by the reference: bounds its float32 copy of the labels.
 REFERENCE_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True)
+class ScoresLaunch:
+    """Launch of the CUDA kernel.
+
+    Attributes:
+        heads: Query heads of a group that one program scores; divides the group.
+        block: Tokens per program.
+        tile: Elements of a row (`LabelLayout.elements`) decoded at a time.
+        warps: Warps per program.
+    """
+
+    heads: int
+    block: int
+    tile: int
+    warps: int
+
+
+def scores_launch(layout: LabelLayout, group: int) -> ScoresLaunch:
+    """The launch for a label layout and a group of `group` query heads.
+
+    It depends on nothing else, so a row gives the same bits in every batch and at every
+    length. A program decodes its rows once for up to 8 heads and keeps them in
+    registers: 4 KiB of rows for 4 heads take 138 registers a thread (sm_90, 60 channels
+    of 2 bits), for 8 heads they would spill, so those take 2 KiB (153 registers).
+    """
+    heads = max(n for n in range(1, 9) if group % n == 0)
+    tile = min(32, power_of_two(layout.elements))
+    return ScoresLaunch(heads, block=(4096 if heads <= 4 else 2048) // max(4, tile), tile=tile, warps=4)
+
+
+@jit(do_not_specialize=["max_length"])
+def _label_scores_kernel(
+    labels,
+    query,
+    starts,
+    lengths,
+    out,
+    head_stride,
+    kv_heads,
+    max_length,
+    R: tl.constexpr,
+    BITS: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    QUERY_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    pair = tl.program_id(1).to(tl.int64)
+    head = (pair * tl.num_programs(2) + tl.program_id(2)) * HEADS
+    start = tl.load(starts + pair // kv_heads)
+    length = tl.load(lengths + pair // kv_heads)
+    token = first + tl.arange(0, BLOCK)
+    live = token < length
+    scores = tl.full([BLOCK, HEADS_PAD], float("-inf"), tl.float32)
+    if first < length:
+        rows = labels + (pair % kv_heads) * head_stride + (start + token) * ROW_BYTES
+        dots = label_dots(rows, live, query + head * QUERY_SIZE, R, BITS, ROW_BYTES, HEADS, HEADS_PAD, TILE, BLOCK)
+        scores = tl.where(live[:, None], dots, float("-inf"))
+    column = tl.arange(0, HEADS_PAD)
+    target = out + (head + column)[None, :] * max_length + token[:, None]
+    tl.store(target, scores, mask=(column < HEADS)[None, :] & (token < max_length)[:, None])
 
 
 def label_scores(
@@ -43,7 +112,53 @@ def label_scores(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    return label_scores_reference(labels, layout, query, starts, lengths, max_length, scaling, out)
+    if not labels.is_cuda:
+        return label_scores_reference(labels, layout, query, starts, lengths, max_length, scaling, out)
+    out = _checked_out(labels, layout, query, starts, lengths, max_length, out)
+    if labels.stride(2) != 1 or labels.stride(1) != layout.row_bytes:
+        raise ValueError(f"labels with strides {labels.stride()} must have the rows of a head side by side")
+    with launching(labels.device, "label_scores"):
+        _launch(labels, layout, query, starts, lengths, max_length, scaling, out)
+    return out
+
+
+def _launch(
+    labels: Tensor,
+    layout: LabelLayout,
+    query: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    max_length: int,
+    scaling: float,
+    out: Tensor,
+) -> None:
+    batch, heads = query.shape[:2]
+    kv_heads = labels.shape[0]
+    if batch == 0 or max_length == 0:
+        return
+    group = heads // kv_heads
+    launch = scores_launch(layout, group)
+    arranged = arrange_query(query.contiguous(), layout, launch.tile, scaling)
+    grid = (-(-max_length // launch.block), batch * kv_heads, group // launch.heads)
+    _label_scores_kernel[grid](
+        labels,
+        arranged,
+        starts,
+        lengths,
+        out,
+        labels.stride(0),
+        kv_heads,
+        max_length,
+        R=layout.channels,
+        BITS=layout.bits,
+        ROW_BYTES=layout.row_bytes,
+        QUERY_SIZE=arranged[0, 0].numel(),
+        HEADS=launch.heads,
+        HEADS_PAD=power_of_two(launch.heads),
+        TILE=launch.tile,
+        BLOCK=launch.block,
+        num_warps=launch.warps,
+    )
 
 
 def label_scores_reference(
