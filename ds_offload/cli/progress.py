@@ -12,7 +12,7 @@ from ds_offload.notices import notice
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-UNITS = {"prefill": "layers", "decode": "tokens", "calibrate": "blocks"}
+UNITS = {"prefill": "layers", "decode": "tokens", "calibrate": "steps"}
 LINE_EVERY_S = 5.0
 
 
@@ -33,7 +33,7 @@ class ProgressReport:
         self._every_s = every_s
         self._phase = ""
         self._started = self._said = 0.0
-        self._first = 0
+        self._first = self._done = 0
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
@@ -57,12 +57,14 @@ class ProgressReport:
             self.close()
             return
         now = time.monotonic()
-        if phase != self._phase:
-            # The rate counts from the first report on: when the phase itself began is not known here.
+        if phase != self._phase or done < self._done:
+            # A phase, or the same for the next sequence, begins. Its rate counts from this first report
+            # on: when the work itself began is not known here.
             self.close()
             self._phase, self._started, self._said, self._first = phase, now, now, done
             if self._terminal:
                 self._open_bar(phase, total)
+        self._done = done
         rate = (done - self._first) / (now - self._started) if now > self._started else 0.0
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total, rate=f"{rate:.3g}/s" if rate else "")
