@@ -188,7 +188,9 @@ class OffloadConfig:
             raise InputError(f"hot_set={self.hot_set!r} must be a multiple of the budget of at least 1, such as 2")
         fix("hot_set", float(self.hot_set))
         layers = self.dense_layers
-        if isinstance(layers, str) or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in layers):
+        if isinstance(layers, str) or not all(
+            isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in layers
+        ):
             raise InputError(f"dense_layers={layers!r} must be layer numbers from 0, such as (0, 1)")
         fix("dense_layers", tuple(sorted(set(layers))))
 
@@ -227,7 +229,9 @@ class OffloadConfig:
             )
         beyond = [n for n in self.dense_layers if n >= layers]
         if beyond:
-            raise InputError(f"dense_layers={beyond[0]} is beyond the last layer; this model has layers 0 to {layers - 1}")
+            raise InputError(
+                f"dense_layers={beyond[0]} is beyond the last layer; this model has layers 0 to {layers - 1}"
+            )
         return dataclasses.replace(
             self,
             max_context=trained_context if self.max_context is None else self.max_context,

@@ -17,6 +17,9 @@ from transformers import PreTrainedModel
 
 Rope = tuple[Tensor, Tensor]
 
+# Kinds of RoPE whose frequencies do not depend on how long the sequence is.
+_LENGTH_FREE_ROPE = ("default", "linear", "yarn", "llama3")
+
 
 class DecoderStack:
     """The layers of a pre-norm decoder (Llama, Mistral, Mixtral, Qwen2, Qwen3).
@@ -26,7 +29,7 @@ class DecoderStack:
 
     Attributes:
         layers: Number of decoder layers L.
-        heads, kv_heads, head_dim, hidden_size: The model's shape.
+        heads, kv_heads, head_dim, hidden_size, intermediate_size: The model's shape.
         scaling: Factor of the attention scores, 1/sqrt(head_dim).
         device, dtype: Where and as what the weights are.
     """
@@ -42,6 +45,7 @@ class DecoderStack:
         self.heads: int = attention.q_proj.out_features // self.head_dim
         self.kv_heads: int = attention.k_proj.out_features // self.head_dim
         self.hidden_size: int = model.config.hidden_size
+        self.intermediate_size: int = model.config.intermediate_size
         self.scaling: float = attention.scaling
         self.device: torch.device = self._base.embed_tokens.weight.device
         self.dtype: torch.dtype = self._base.embed_tokens.weight.dtype
@@ -69,6 +73,14 @@ class DecoderStack:
         probe = torch.empty(0, dtype=self.dtype, device=positions.device)
         cos, sin = module(probe, positions[None])
         return cos[0], sin[0]
+
+    def rotary_each(self, positions: list[int]) -> Rope:
+        """The same for one position of each of B sequences, each as if it were alone: `[B, rotary_dim]`."""
+        at = torch.tensor(positions, dtype=torch.int64, device=self.device)
+        if self._base.rotary_emb.rope_type in _LENGTH_FREE_ROPE:
+            return self.rotary(at)
+        each = [self.rotary(one) for one in at[:, None]]
+        return torch.cat([cos for cos, _ in each]), torch.cat([sin for _, sin in each])
 
     def project_qkv(self, layer: int, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """q `[N, H, D]`, k and v `[N, Hkv, D]` of `hidden` `[N, hidden]`, normed and rotated."""

@@ -1,0 +1,281 @@
+"""`OffloadedGenerator`: the Python face of the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_offload.calibration import Calibration, find_or_make_calibration
+from ds_offload.config import OffloadConfig
+from ds_offload.decode import decode_step
+from ds_offload.decoder import DecoderStack
+from ds_offload.devices import resolve_device
+from ds_offload.dtypes import dtype_name
+from ds_offload.errors import InputError
+from ds_offload.families import check_supported, describe_rope
+from ds_offload.kv_context import KVContext
+from ds_offload.loading import LoadedModel, find_model, load_weights
+from ds_offload.memory_check import check_request, check_weights
+from ds_offload.notices import notice
+from ds_offload.prefetch.streams import Faults
+from ds_offload.prefill import ProgressCallback, prefill
+from ds_offload.prompts import encode_prompt, is_batch
+from ds_offload.sampling import Sampler, SamplingParams
+from ds_offload.statistics import RunStatistics
+from ds_offload.text_stream import TextStream
+
+
+@dataclass
+class GenerationOutput:
+    """What came out of one prompt.
+
+    Attributes:
+        text: The answer, special tokens left out, cut before a stop string.
+        token_ids: Every new token, the end token included.
+        prompt_tokens: Tokens of the prompt.
+        finish_reason: "stop" (end token or stop string) or "length".
+        stats: Times, bytes and rates of the whole call; see docs/design.md.
+        logits: `[new tokens, vocab]` float32 on the CPU with `output_logits=True`.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str
+    stats: dict[str, Any] = field(default_factory=dict)
+    logits: Tensor | None = None
+
+
+class _Sequence:
+    """One prompt on its way: its tokens, its sampler, its text."""
+
+    def __init__(self, ids: list[int], limit: int, params: SamplingParams, loaded: LoadedModel) -> None:
+        self.prompt = ids
+        self.limit = limit
+        self.tokens: list[int] = []
+        self.logits: list[Tensor] = []
+        self.finish_reason: str | None = None
+        self.stream = TextStream(loaded.tokenizer, tuple(params.stop or ()))
+        self._sampler = Sampler(params, ids, loaded.device)
+        self._ends = loaded.eos_token_ids
+
+    @property
+    def length(self) -> int:
+        """Tokens of the context once the newest token has joined it."""
+        return len(self.prompt) + len(self.tokens)
+
+    def take(self, logits: Tensor, keep_logits: bool) -> str:
+        """Sample the next token from `logits` `[vocab]`; the text that is final now."""
+        token = self._sampler(logits)
+        self.tokens.append(token)
+        if keep_logits:
+            self.logits.append(logits.cpu())
+        piece = self.stream.push(token)
+        if token in self._ends or self.stream.stopped:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.limit:
+            self.finish_reason = "length"
+        return piece if self.finish_reason is None else piece + self.stream.finish()
+
+    def output(self, stats: dict[str, Any]) -> GenerationOutput:
+        assert self.finish_reason is not None
+        logits = torch.stack(self.logits) if self.logits else None
+        return GenerationOutput(
+            self.stream.text, self.tokens, len(self.prompt), self.finish_reason, dict(stats), logits
+        )
+
+
+class OffloadedGenerator:
+    """Generates with the KV cache in host memory; one model on one device.
+
+    Use it as a context manager, or call `close` when done. One call runs at a time.
+
+    Attributes:
+        config: The configuration with everything the model decides filled in.
+        loaded: Model, tokenizer and where they came from.
+        last_output: What the last `stream` gave, once it has ended.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: OffloadConfig, faults: Faults | None = None) -> None:
+        """Wrap a loaded model; `config` is resolved. Users call `from_pretrained`."""
+        self.loaded = loaded
+        self.config = config
+        self.decoder = DecoderStack(loaded.model)
+        self.last_output: GenerationOutput | None = None
+        self._faults = faults
+        self._calibration: Calibration | None = None
+        if loaded.tokenizer is not None or config.calibration is not None:
+            self._calibration = find_or_make_calibration(loaded, self.decoder, config.calibration)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str = "smollm2-135m",
+        *,
+        config: OffloadConfig | None = None,
+        load_format: str = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        rope_scaling: str | None = None,
+    ) -> OffloadedGenerator:
+        """Find, check and load a model.
+
+        Args:
+            name: An alias, a hub id, a folder of safetensors, or a .gguf file.
+            config: None is `OffloadConfig()`.
+            load_format: "auto", or "dummy" for random weights of that shape.
+            device: "auto", "cuda", "cuda:N" or "cpu".
+            dtype: "auto" (the checkpoint's own), "bf16", "fp16" or "fp32".
+            rope_scaling: Overrides the model's, such as "yarn:4", "linear:2" or "dynamic".
+
+        Raises:
+            InputError: Something given is wrong, not supported, or does not fit.
+        """
+        config = config if config is not None else OffloadConfig()
+        target = resolve_device(device)
+        source = find_model(name, load_format=load_format, dtype=dtype, rope_scaling=rope_scaling)
+        resolved = config.resolve(
+            head_dim=source.shape.head_dim,
+            layers=source.shape.layers,
+            trained_context=source.shape.trained_context,
+            kv_dtype=dtype_name(source.dtype),
+        )
+        assert isinstance(resolved.max_context, int)
+        check_supported(source.config, resolved.max_context)
+        scaling = describe_rope(source.config, resolved.max_context)
+        if scaling is not None:
+            notice(scaling)
+        check_weights(source, resolved, target)
+        return cls(load_weights(source, target), resolved)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; None where its folder has none."""
+        return self.loaded.tokenizer
+
+    def __enter__(self) -> OffloadedGenerator:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        del self.decoder
+        del self.loaded
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        output_logits: bool = False,
+        on_progress: ProgressCallback | None = None,
+        **sampling: Any,
+    ) -> Any:
+        """Answer one prompt, or each prompt of a batch.
+
+        Args:
+            prompt: A text (tokenised as it is), a list of messages (through the chat
+                template), a list of token ids, or a list of any of these.
+            output_logits: Keep the logits every new token was chosen from.
+            on_progress: Called with (phase, done, total), phase "prefill" or "decode".
+            **sampling: Fields of `SamplingParams`: `max_new_tokens`, `temperature`
+                (0 is greedy, the default), `top_k`, `top_p`, `min_p`,
+                `repetition_penalty`, `stop`, `seed`.
+
+        Returns:
+            A `GenerationOutput`, or a list of them for a batch.
+
+        Raises:
+            InputError: An empty or too long prompt, or a sampling value out of range.
+        """
+        prompts = list(prompt) if is_batch(prompt) else [prompt]
+        sequences = self._sequences(prompts, SamplingParams(**sampling))
+        statistics = RunStatistics(self.decoder, self.config)
+        for _ in self._run(sequences, statistics, output_logits, on_progress):
+            pass
+        outputs = [sequence.output(statistics.summary()) for sequence in sequences]
+        return outputs if is_batch(prompt) else outputs[0]
+
+    def stream(self, prompt: Any, *, on_progress: ProgressCallback | None = None, **sampling: Any) -> Iterator[str]:
+        """Answer one prompt piece by piece; `last_output` holds the whole when the iterator ends.
+
+        Takes what `generate` takes. Closing the iterator early frees the cache.
+
+        Raises:
+            InputError: As `generate`, at the call, before the first piece.
+        """
+        if is_batch(prompt):
+            raise InputError("stream takes one prompt, and a batch was given; use generate for a batch")
+        sequence = self._sequences([prompt], SamplingParams(**sampling))[0]
+        return self._stream(sequence, on_progress)
+
+    def _stream(self, sequence: _Sequence, on_progress: ProgressCallback | None) -> Iterator[str]:
+        statistics = RunStatistics(self.decoder, self.config)
+        for pieces in self._run([sequence], statistics, False, on_progress):
+            if pieces[0]:
+                yield pieces[0]
+        self.last_output = sequence.output(statistics.summary())
+
+    def _sequences(self, prompts: list[Any], params: SamplingParams) -> list[_Sequence]:
+        if not prompts:
+            raise InputError("the batch is empty; give at least one prompt")
+        shape, room = self.loaded.source.shape, self.config.max_context
+        assert isinstance(room, int) and isinstance(params.max_new_tokens, int)
+        sequences = []
+        for prompt in prompts:
+            ids = encode_prompt(prompt, self.tokenizer, shape.vocab_size)
+            if len(ids) >= room:
+                raise InputError(
+                    f"the prompt has {len(ids):,} tokens and max_context={room:,} leaves no room for an answer; "
+                    "shorten the prompt or raise max_context (--ctx)"
+                )
+            limit = min(params.max_new_tokens, room - len(ids))
+            if limit < params.max_new_tokens:
+                notice(f"max_context={room:,} leaves room for {limit:,} new tokens, not {params.max_new_tokens:,}")
+            sequences.append(_Sequence(ids, limit, params, self.loaded))
+        return sequences
+
+    @torch.no_grad()
+    def _run(
+        self,
+        sequences: list[_Sequence],
+        statistics: RunStatistics,
+        keep_logits: bool,
+        on_progress: ProgressCallback | None,
+    ) -> Iterator[list[str]]:
+        """Prefill every sequence, then decode them together; yields each step's new text per sequence."""
+        lengths = [len(sequence.prompt) for sequence in sequences]
+        capacities = [len(sequence.prompt) + sequence.limit for sequence in sequences]
+        check_request(self.loaded, self.config, lengths, capacities)
+        if self._calibration is None:
+            self._calibration = find_or_make_calibration(self.loaded, self.decoder, None, sequences[0].prompt)
+        statistics.begin()
+        with KVContext(self.decoder, self.config, self._calibration, capacities, self._faults) as context:
+            pieces = []
+            for number, sequence in enumerate(sequences):
+                logits = prefill(self.decoder, context, number, sequence.prompt, on_progress)
+                pieces.append(sequence.take(logits, keep_logits))
+            statistics.prefilled()
+            yield pieces
+            longest = max(sequence.limit for sequence in sequences)
+            while any(sequence.finish_reason is None for sequence in sequences):
+                # A finished sequence repeats its last step: it writes the same row at the same place.
+                tokens = [sequence.tokens[-1] for sequence in sequences]
+                lengths = [sequence.length for sequence in sequences]
+                logits = decode_step(self.decoder, context, tokens, lengths)
+                running = [n for n, sequence in enumerate(sequences) if sequence.finish_reason is None]
+                pieces = [""] * len(sequences)
+                for n in running:
+                    pieces[n] = sequences[n].take(logits[n], keep_logits)
+                statistics.stepped(context, lengths)
+                if on_progress is not None:
+                    on_progress("decode", max(len(sequence.tokens) for sequence in sequences), longest)
+                yield pieces
+            statistics.finish(context)

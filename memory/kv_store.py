@@ -1,0 +1,121 @@
+"""The full KV cache: K and V of a token side by side, in segments that grow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from ds_offload.kernels.append import append_rows
+from ds_offload.kernels.gather import SegmentTable, gather_rows
+from ds_offload.memory.pinned_pool import PinnedPool
+from torch import Tensor
+
+
+class KVStore:
+    """K/V of B sequences in segments `[layers, Hkv, S, 2, D]`, on the host or on the device.
+
+    A row is K and V of one token of one KV head: `2 * D` elements in one read. Every
+    sequence grows by segments of its own, so unequal lengths waste less than one
+    segment each. On the host the segments are blocks of `pool`, page-locked for CUDA.
+
+    Hand-overs: the caller orders writers and readers; `append` and `write_prompt` run
+    on the current stream, and a row may be gathered on another one only after an
+    event recorded behind its write.
+
+    Args:
+        layers: The decoder layers whose K/V live here.
+        device: The device that computes.
+        pool: Host memory; None puts the segments on `device`.
+        segment_tokens: S.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[int],
+        sequences: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        pool: PinnedPool | None,
+        segment_tokens: int,
+        max_tokens: int,
+    ) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._index = {layer: n for n, layer in enumerate(layers)}
+        self._pool = pool
+        self._shape = (len(self._index), kv_heads, segment_tokens, 2, head_dim)
+        self._capacity = [0] * sequences
+        most = -(-max_tokens // segment_tokens)
+        self._addresses = torch.zeros(sequences, most, dtype=torch.int64, device=device)
+        self.table = SegmentTable([[] for _ in range(sequences)], self._addresses, segment_tokens)
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self._index
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's K and V of one KV head."""
+        return 2 * self._shape[-1] * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all segments."""
+        return sum(segment.nbytes for segments in self.table.tensors for segment in segments)
+
+    def reserve(self, sequence: int, tokens: int) -> None:
+        """Grow `sequence` to hold `tokens` tokens.
+
+        Raises:
+            MemoryError: The memory for another segment is not there.
+        """
+        segments = self.table.tensors[sequence]
+        while self._capacity[sequence] < tokens:
+            segment = self._allocate()
+            # A pageable source makes this copy wait for nothing and return when done.
+            self._addresses[sequence, len(segments)] = segment.data_ptr()
+            segments.append(segment)
+            self._capacity[sequence] += self.table.segment_tokens
+
+    def write_prompt(self, layer: int, sequence: int, start: int, rows: Tensor) -> None:
+        """Store rows `[Hkv, n, 2, D]` as tokens `start` to `start + n` of `sequence`, on the current stream.
+
+        `rows` must stay unchanged until the stream has run the copies.
+        """
+        size = self.table.segment_tokens
+        end = start + rows.shape[1]
+        rows = rows.to(self.dtype)
+        for number in range(start // size, -(-end // size)):
+            first, last = max(start, number * size), min(end, (number + 1) * size)
+            target = self.table.tensors[sequence][number][
+                self._index[layer], :, first - number * size : last - number * size
+            ]
+            source = rows[:, first - start : last - start]
+            if self._pool is None or rows.device.type == "cpu":
+                target.copy_(source)
+            else:
+                # One contiguous copy a head: a strided one would be staged on the host.
+                for to, of in zip(target, source, strict=True):
+                    to.copy_(of, non_blocking=True)
+
+    def append(self, layer: int, positions: Tensor, rows: Tensor) -> None:
+        """Store rows `[B, Hkv, 2, D]` as tokens `positions` `[B]` int64, on the current stream."""
+        append_rows(self.table, self._index[layer], positions, rows)
+
+    def gather(self, layer: int, tokens: Tensor, slots: Tensor, out: Tensor) -> None:
+        """Copy rows of `tokens` `[B, Hkv, K]` to `slots` of `out` `[B, Hkv, C, 2, D]`; tokens < 0 are skipped."""
+        gather_rows(self.table, self._index[layer], tokens, slots, out)
+
+    def rows(self, layer: int, sequence: int, length: int) -> Tensor:
+        """All rows `[Hkv, length, 2, D]` of a sequence that lies in one segment, without a copy."""
+        return self.table.tensors[sequence][0][self._index[layer], :, :length]
+
+    def _allocate(self) -> Tensor:
+        if self._pool is None:
+            return torch.zeros(self._shape, dtype=self.dtype, device=self.device)
+        count = 1
+        for size in self._shape:
+            count *= size
+        return self._pool.allocate(count * self.dtype.itemsize).view(self.dtype).view(self._shape)

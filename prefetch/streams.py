@@ -1,0 +1,95 @@
+"""CUDA streams of the decode loop and the events by which one hands over to another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+StreamName = Literal["compute", "prefetch", "writer"]
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What the tests of the hand-overs do to them; empty in normal use.
+
+    Attributes:
+        delay: GPU cycles to sleep before a producer's work, by hand-over.
+        drop: Hand-overs whose readers do not wait.
+    """
+
+    delay: Mapping[str, int] = field(default_factory=dict)
+    drop: frozenset[str] = frozenset()
+
+
+class Streams:
+    """The compute, prefetch and writer streams of one decode, and their hand-overs.
+
+    A hand-over is named by what is handed over and the layer or buffer it belongs to:
+
+    - `query`: the predicted query; made on compute, read by the selection on prefetch.
+    - `selection`: predicted tokens; made on prefetch, read on compute.
+    - `gather`: rows of the predicted tokens; made on prefetch, read on compute.
+    - `kv`: K/V of the new token; made on compute, read by the writer.
+    - `host_write`: the same rows in the store; made by the writer, read by later gathers.
+    - `label_append`: the new token's label; made by the writer, read by later scores.
+    - `release`: a selection buffer whose attention has run; made on compute, waited
+      for on prefetch before the buffer is filled again.
+    - `prompt_rows`: a prompt layer's rows in the store; made by the writer, waited for
+      before the staging buffer is filled again and before decoding.
+
+    The producer calls `producing` around its work, which records the event behind it;
+    every reader on another stream calls `wait` first. On a CPU everything runs in
+    order and both do nothing.
+    """
+
+    def __init__(self, device: torch.device, faults: Faults | None = None) -> None:
+        self._cuda = device.type == "cuda"
+        self._faults = faults or Faults()
+        self._events: dict[tuple[str, int], torch.cuda.Event] = {}
+        self._streams: dict[str, torch.cuda.Stream] = {}
+        if self._cuda:
+            self._streams = {
+                "compute": torch.cuda.current_stream(device),
+                "prefetch": torch.cuda.Stream(device),
+                "writer": torch.cuda.Stream(device),
+            }
+
+    def on(self, name: StreamName) -> Any:
+        """Context in which work goes to the stream `name`."""
+        return torch.cuda.stream(self._streams[name]) if self._cuda else nullcontext()
+
+    @contextmanager
+    def producing(self, what: str, index: int) -> Iterator[None]:
+        """Work whose result is handed over as (`what`, `index`)."""
+        if not self._cuda:
+            yield
+            return
+        cycles = self._faults.delay.get(what, 0)
+        if cycles:
+            torch.cuda._sleep(cycles)
+        yield
+        event = self._events.setdefault((what, index), torch.cuda.Event())
+        event.record()
+
+    def wait(self, what: str, index: int) -> None:
+        """Make the current stream wait for the last hand-over (`what`, `index`), if there was one."""
+        event = self._events.get((what, index))
+        if event is not None and what not in self._faults.drop:
+            event.wait()
+
+    def lend(self, tensor: Tensor, name: StreamName) -> Tensor:
+        """Tell the allocator that `name` reads a tensor made on another stream."""
+        if self._cuda:
+            tensor.record_stream(self._streams[name])
+        return tensor
+
+    def join(self) -> None:
+        """Make the compute stream wait for everything the others were given."""
+        if self._cuda:
+            for name in ("prefetch", "writer"):
+                self._streams["compute"].wait_stream(self._streams[name])
