@@ -20,7 +20,7 @@ class ByteTokenizer:
     eos_token_id: int | None = None
     bos_token_id: int | None = None
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int = BYTES) -> None:
         if vocab_size < BYTES:
             raise InputError(
                 f"vocab_size={vocab_size} is too small for text as bytes, which needs {BYTES}; give token ids"

@@ -16,10 +16,10 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
-def first_line(error: BaseException) -> str:
-    """An error's message in one line, for a line that says more around it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, for a line that says more around it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def read_config(folder: Path) -> dict:
@@ -34,7 +34,7 @@ def read_config(folder: Path) -> dict:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read: {first_line(error)}; fetch the file again") from error
+        raise LoadError(f"{path} cannot be read: {one_line(error)}; fetch the file again") from error
     if not isinstance(fields, dict):
         raise LoadError(f"{path} holds no JSON object; fetch the file again")
     return fields
@@ -55,7 +55,7 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LoadError(f"{index} cannot be read: {first_line(error)}; fetch the file again") from error
+            raise LoadError(f"{index} cannot be read: {one_line(error)}; fetch the file again") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise LoadError(f"{folder} lacks {missing[0]}, which its index names; fetch the file again")
@@ -86,7 +86,7 @@ def stored_dtype(file: Path) -> torch.dtype:
             header = json.loads(stream.read(size))
         dtypes = [_DTYPES.get(entry["dtype"]) for name, entry in header.items() if name != "__metadata__"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoadError(f"{file} is no sound safetensors file: {first_line(error)}; fetch the file again") from error
+        raise LoadError(f"{file} is no sound safetensors file: {one_line(error)}; fetch the file again") from error
     found = next((dtype for dtype in dtypes if dtype is not None), None)
     if found is None:
         raise LoadError(f"{file} holds no floating-point weights; give a folder of a bf16, fp16 or fp32 checkpoint")
@@ -109,4 +109,4 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise LoadError(f"the tokenizer in {folder} cannot be read: {first_line(error)}") from error
+        raise LoadError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from error

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ds_offload.aliases import DEFAULT_MODEL
 from ds_offload.cache_folder import cache_folder
-from ds_offload.checkpoint_folder import first_line
+from ds_offload.checkpoint_folder import one_line
 from ds_offload.errors import LoadError
 from ds_offload.gguf_file import load_gguf_weights, read_gguf_config, read_gguf_tokenizer
 from ds_offload.hub import THREE_WAYS
@@ -142,6 +142,6 @@ def default_model_folder() -> Path:
                 _make(target)
     except (OSError, zipfile.BadZipFile) as error:
         raise _failed(
-            f"{target} cannot be made ({first_line(error)}); DS_OFFLOAD_CACHE moves the cache folder"
+            f"{target} cannot be made ({one_line(error)}); DS_OFFLOAD_CACHE moves the cache folder"
         ) from error
     return target

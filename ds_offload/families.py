@@ -18,7 +18,7 @@ SUPPORTED = {
 
 # What keeps other families out, where the config itself does not say it.
 _ALIBI = ("bloom", "mpt")
-_STATE_SPACE = ("mamba", "rwkv", "jamba", "zamba", "xlstm", "recurrent_gemma", "bamba", "plamo2", "lfm2")
+_STATE_SPACE = ("rwkv", "xlstm", "recurrent_gemma", "lfm2", "minimax")
 _SOFT_CAPPING = ("gemma2", "gemma3", "gemma3n")
 
 
@@ -32,7 +32,8 @@ def _obstacle(model_type: str, fields: dict) -> str | None:
     attention = attention if isinstance(attention, dict) else {}
     if fields.get("is_encoder_decoder"):
         return "encoder-decoder"
-    if model_type.startswith(_STATE_SPACE):
+    recurrent = any(key.startswith(("mamba_", "ssm_", "linear_key_head")) for key in fields)
+    if recurrent or "mamba" in model_type or model_type.startswith(_STATE_SPACE):
         return "state-space or recurrent layers"
     if fields.get("kv_lora_rank"):
         return "multi-head latent attention (MLA)"
@@ -53,7 +54,9 @@ def check_family(name: str, fields: dict) -> None:
     Raises:
         InputError: Another family, a quantised checkpoint, or one that asks for its own code.
     """
-    model_type = str(fields.get("model_type"))
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError(f"the config of {name} names no model_type; {_supported_line()}")
     if model_type not in SUPPORTED:
         obstacle = _obstacle(model_type, fields)
         what = f"of model type {model_type}" + (f" ({obstacle})" if obstacle else "")

@@ -8,13 +8,13 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from ds_offload.checkpoint_folder import first_line
+from ds_offload.checkpoint_folder import one_line
 from ds_offload.errors import LoadError
 from ds_offload.model_shape import build_on_meta
 
 
 def _unreadable(path: Path, error: Exception) -> LoadError:
-    return LoadError(f"{path} cannot be read as GGUF: {first_line(error)}; give a whole .gguf file")
+    return LoadError(f"{path} cannot be read as GGUF: {one_line(error)}; give a whole .gguf file")
 
 
 def read_gguf_config(path: Path) -> PreTrainedConfig:

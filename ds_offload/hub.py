@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from ds_offload.checkpoint_folder import first_line
+from ds_offload.checkpoint_folder import one_line
 from ds_offload.errors import LoadError
 
 CONFIG_FILES = ["config.json", "generation_config.json"]
@@ -44,5 +44,5 @@ def hub_folder(hub_id: str, *, name: str, weights: bool, hint: str = "") -> Path
     except RepositoryNotFoundError as error:
         reason, cause = f"the hub has no {hub_id}, or it is private and HF_TOKEN is not set", error
     except Exception as error:
-        reason, cause = f"{hub_id} could not be fetched from the hub ({first_line(error).rstrip('.')})", error
+        reason, cause = f"{hub_id} could not be fetched from the hub ({one_line(error.__cause__ or error)})", error
     raise LoadError(f"no weights to be had for {name}: {reason}; {THREE_WAYS}{hint}") from cause

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from ds_offload.aliases import ALIASES, DEFAULT_MODEL
 from ds_offload.byte_tokenizer import BYTES, ByteTokenizer
-from ds_offload.checkpoint_folder import first_line, read_config, read_tokenizer, stored_dtype, weight_files
+from ds_offload.checkpoint_folder import one_line, read_config, read_tokenizer, stored_dtype, weight_files
 from ds_offload.default_model import default_model_folder
 from ds_offload.dummy_weights import build_dummy
 from ds_offload.errors import InputError, LoadError
@@ -87,7 +87,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _looks_like_path(name: str) -> bool:
-    return name.startswith((os.sep, "./", "../", "~")) or name.endswith(".gguf") or Path(name).exists()
+    return name.startswith((os.sep, "./", "../", "~")) or name.endswith(".gguf") or os.path.exists(name)
 
 
 def _config_in_folder(folder: Path, name: str) -> PreTrainedConfig:
@@ -95,7 +95,7 @@ def _config_in_folder(folder: Path, name: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise LoadError(f"{folder / 'config.json'} cannot be read: {first_line(error)}") from error
+        raise LoadError(f"{folder / 'config.json'} cannot be read: {one_line(error)}") from error
 
 
 def _locate(name: str, dummy: bool) -> tuple[str, PreTrainedConfig]:
@@ -107,7 +107,7 @@ def _locate(name: str, dummy: bool) -> tuple[str, PreTrainedConfig]:
             check_family(name, config.to_dict())
             return str(path), config
         if not path.is_dir():
-            raise LoadError(f"model {name} is no folder; {THREE_WAYS}")
+            raise LoadError(f"model {name!r} {'is a file' if path.is_file() else 'does not exist'}; {THREE_WAYS}")
         config = _config_in_folder(path, name)
         if not dummy:
             weight_files(path)
@@ -169,6 +169,9 @@ def find_model(
     with _quiet_transformers():
         location, config = _locate(name, dummy)
         config.name_or_path = name
+        if getattr(config, "head_dim", 0) is None:
+            # Mixtral's config leaves it open, and the yarn and dynamic RoPE of transformers then fail.
+            config.head_dim = config.hidden_size // config.num_attention_heads
         if rope_scaling is not None:
             apply_rope_scaling(config, rope_scaling)
         if dtype != "auto":
@@ -183,7 +186,7 @@ def find_model(
         try:
             shape = ModelShape.from_config(config)
         except Exception as error:
-            raise LoadError(f"the config of {name} describes no sound model: {first_line(error)}") from error
+            raise LoadError(f"the config of {name} describes no sound model: {one_line(error)}") from error
     return ModelSource(name, "" if dummy else location, load_format, config, shape, chosen)
 
 
@@ -201,7 +204,7 @@ def _load_folder(folder: Path, source: ModelSource) -> tuple[PreTrainedModel, se
             output_loading_info=True,
         )
     except Exception as error:
-        raise LoadError(f"the weights in {folder} cannot be loaded: {first_line(error)}") from error
+        raise LoadError(f"the weights in {folder} cannot be loaded: {one_line(error)}") from error
     return model, set(info["missing_keys"])
 
 
@@ -243,4 +246,5 @@ def load_weights(source: ModelSource, device: torch.device) -> LoadedModel:
             )
     # On the CPU first: transformers places weights on a device by itself only with accelerate.
     model = model.to(device).eval().requires_grad_(False)
+    model.config.name_or_path = source.name
     return LoadedModel(source, model, tokenizer, model.device, _eos_token_ids(model), fingerprint(model))
