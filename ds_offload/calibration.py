@@ -1,0 +1,261 @@
+"""Calibration: which channels of a key its labels keep, per layer and KV head.
+
+A channel's importance is the mean of |q_i[c] * k_j[c]| over all pairs of tokens of a
+text, q and k after their norms and RoPE, summed over the query heads of the KV head
+(Double Sparsity, arXiv 2408.07092). Over all pairs that is mean|q[c]| * mean|k[c]|.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds_offload.cache_folder import cache_folder
+from ds_offload.calibration_file import REMEDY, Calibration, read_calibration_file
+from ds_offload.errors import InputError, LoadError
+from ds_offload.notices import notice
+from ds_offload.prompts import encode_prompt
+from ds_offload.reference_channels import looks_like_json, parse_reference_channels
+
+if TYPE_CHECKING:
+    from ds_offload.decoder import DecoderStack
+    from ds_offload.loading import LoadedModel
+
+__all__ = [
+    "SHIPPED_TEXT",
+    "Calibration",
+    "cached_calibration",
+    "calibrate",
+    "calibrate_loaded",
+    "find_or_make_calibration",
+    "shipped_text",
+    "text_ids",
+]
+
+Progress = Callable[[int, int], None]
+
+BLOCK = 2048
+DEFAULT_TOKENS = 4096
+DUMMY_TOKENS = 2048
+SHIPPED_TEXT = "the shipped text"
+
+
+@torch.no_grad()
+def calibrate(
+    decoder: DecoderStack,
+    token_ids: Sequence[int] | Tensor,
+    *,
+    fingerprint: str,
+    text: str,
+    block: int = BLOCK,
+    on_progress: Progress | None = None,
+) -> Calibration:
+    """Run a text through the model and rank every layer's and KV head's channels.
+
+    The text goes through dense causal attention in blocks, each a context of its own;
+    sums run in float64 over all of them. Nothing but one block's activations of one
+    layer is held at a time.
+
+    Args:
+        decoder: The model.
+        token_ids: Token ids `[N]` of the text, at least one.
+        fingerprint: The model's.
+        text: What to call the text.
+        block: Most tokens of one context; no more than the model was trained for.
+        on_progress: Called with passes through a layer done, and all of them.
+
+    Raises:
+        InputError: No tokens.
+        LoadError: The model's own activations are not finite.
+    """
+    ids = torch.as_tensor(token_ids, dtype=torch.int64, device=decoder.device)
+    if ids.ndim != 1 or not len(ids):
+        raise InputError("calibration got no tokens; give a text with at least one")
+    blocks = ids.split(block)
+    query_sum = torch.zeros(decoder.layers, decoder.heads, decoder.head_dim, dtype=torch.float64, device=decoder.device)
+    key_sum = query_sum.new_zeros(decoder.layers, decoder.kv_heads, decoder.head_dim)
+    key_total = torch.zeros_like(key_sum)
+    for number, chunk in enumerate(blocks):
+        rope = decoder.rotary(torch.arange(len(chunk), device=decoder.device))
+        hidden = decoder.embed(chunk)
+        for layer in range(decoder.layers):
+            query, key, value = decoder.project_qkv(layer, hidden, rope)
+            query_sum[layer] += query.abs().sum(0, dtype=torch.float64)
+            key_sum[layer] += key.abs().sum(0, dtype=torch.float64)
+            key_total[layer] += key.sum(0, dtype=torch.float64)
+            hidden = decoder.finish_layer(layer, hidden, _attention(query, key, value, decoder.scaling))
+            if on_progress is not None:
+                on_progress(number * decoder.layers + layer + 1, len(blocks) * decoder.layers)
+    importance = query_sum.unflatten(1, (decoder.kv_heads, -1)).sum(2) * key_sum / len(ids) ** 2
+    if not importance.isfinite().all():
+        raise LoadError(
+            f"calibration met values that are not finite in {str(decoder.dtype).removeprefix('torch.')}; "
+            "the weights are damaged, or need a wider dtype such as --dtype fp32"
+        )
+    return Calibration.rank(importance, key_total / len(ids), fingerprint=fingerprint, tokens=len(ids), text=text)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention `[N, H * D]` of one context, q `[N, H, D]`, k and v `[N, Hkv, D]`."""
+    groups = query.shape[1] // key.shape[1]
+    # Repeated rather than enable_gqa: that takes the T x T path for float32 on CUDA.
+    key, value = (rows.repeat_interleave(groups, dim=1) for rows in (key, value))
+    query, key, value = (rows.transpose(0, 1)[None] for rows in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    return out[0].transpose(0, 1).flatten(1)
+
+
+def text_ids(loaded: LoadedModel, document: str, tokens: int = DEFAULT_TOKENS) -> list[int]:
+    """The first `tokens` token ids of `document`, fewer where it is shorter.
+
+    Raises:
+        InputError: The model has no tokenizer, or the document no token.
+    """
+    if loaded.tokenizer is None:
+        raise InputError(
+            f"{loaded.source.name} has no tokenizer, and calibration on a text needs one; "
+            "put tokenizer.json into the model's folder"
+        )
+    # A token stands for a few characters: of a long document only the beginning need be tokenised.
+    return encode_prompt(document[: tokens * 64], loaded.tokenizer, loaded.source.shape.vocab_size)[:tokens]
+
+
+def calibrate_loaded(
+    loaded: LoadedModel,
+    decoder: DecoderStack,
+    ids: Sequence[int],
+    text: str,
+    on_progress: Progress | None = None,
+) -> Calibration:
+    """`calibrate` for a loaded model, in blocks no longer than it was trained for, with notices on the way."""
+    notice(f"calibrating {loaded.source.name} on {len(ids):,} tokens of {text}")
+    started = time.monotonic()
+    made = calibrate(
+        decoder,
+        ids,
+        fingerprint=loaded.fingerprint,
+        text=text,
+        block=min(BLOCK, loaded.source.shape.trained_context),
+        on_progress=on_progress or _slow_progress(),
+    )
+    notice(f"calibrated in {time.monotonic() - started:.1f} s")
+    return made
+
+
+def find_or_make_calibration(
+    loaded: LoadedModel,
+    decoder: DecoderStack,
+    path: str | None,
+    prompt_ids: Sequence[int] | None = None,
+    on_progress: Progress | None = None,
+) -> Calibration:
+    """The calibration in `path`, else the one in the cache folder, else one made now.
+
+    A model with a tokenizer is calibrated on the shipped text, once, and the file kept in
+    the cache folder. Dummy weights are calibrated on it each time, in memory. A model
+    without a tokenizer is calibrated on `prompt_ids`, in memory.
+
+    Args:
+        loaded: The model and its tokenizer.
+        decoder: The same model's layers.
+        path: A file of `Calibration.save`, or the reference implementation's channels.
+        prompt_ids: Token ids of the prompt.
+        on_progress: As in `calibrate`.
+
+    Raises:
+        LoadError: `path` is not to be had or not to be trusted.
+        InputError: There is neither a file nor a tokenizer nor a prompt.
+    """
+    if path is not None:
+        return _load_any(path, loaded, decoder)
+    if loaded.tokenizer is None:
+        if not prompt_ids:
+            raise InputError(
+                f"{loaded.source.name} has no tokenizer to calibrate with; give a prompt of token ids, "
+                "a calibration file, or put tokenizer.json into its folder"
+            )
+        return calibrate_loaded(loaded, decoder, prompt_ids[:DEFAULT_TOKENS], "the prompt", on_progress)
+    if loaded.source.load_format == "dummy":
+        ids = text_ids(loaded, shipped_text(), DUMMY_TOKENS)
+        return calibrate_loaded(loaded, decoder, ids, SHIPPED_TEXT, on_progress)
+    cached = cached_calibration(loaded.fingerprint)
+    if os.path.exists(cached):
+        try:
+            return _matching(Calibration.load(cached, loaded.fingerprint), str(cached), decoder)
+        except LoadError as error:
+            notice(f"{str(error).removesuffix(f'; {REMEDY}')}; making it again")
+    made = calibrate_loaded(loaded, decoder, text_ids(loaded, shipped_text()), SHIPPED_TEXT, on_progress)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        made.save(cached)
+    except (OSError, InputError) as error:
+        notice(f"the calibration is not kept for next time: {error}")
+    return made
+
+
+def cached_calibration(fingerprint: str) -> Path:
+    """Where the calibration of the model with `fingerprint` is kept."""
+    return cache_folder() / "calibration" / f"{fingerprint}.safetensors"
+
+
+def shipped_text() -> str:
+    """The English text that comes with the package for calibration."""
+    return resources.files("ds_offload").joinpath("data/calibration.txt").read_text(encoding="utf-8")
+
+
+def _slow_progress(every_s: float = 10.0) -> Progress:
+    """Progress as a notice every `every_s` seconds: nothing where calibration is quick."""
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= every_s:
+            last = time.monotonic()
+            notice(f"calibrating: {100 * done // total} %")
+
+    return report
+
+
+def _load_any(path: str, loaded: LoadedModel, decoder: DecoderStack) -> Calibration:
+    data = read_calibration_file(path)
+    if not (path.lower().endswith(".json") or looks_like_json(data)):
+        return _matching(Calibration.parse(data, path, loaded.fingerprint), path, decoder)
+    channels, projection = parse_reference_channels(
+        data,
+        path,
+        layers=decoder.layers,
+        heads=decoder.heads,
+        kv_heads=decoder.kv_heads,
+        head_dim=decoder.head_dim,
+    )
+    notice(
+        f"channels from {path} ({projection}_proj); the file does not say which model it was made for, "
+        "so that cannot be checked"
+    )
+    ranks = channels.argsort(dim=-1)
+    return Calibration.rank(
+        (decoder.head_dim - ranks).float(),
+        torch.zeros(channels.shape),
+        fingerprint=loaded.fingerprint,
+        tokens=0,
+        text=f"{Path(path).name} ({projection}_proj)",
+    )
+
+
+def _matching(calibration: Calibration, name: str, decoder: DecoderStack) -> Calibration:
+    needed = (decoder.layers, decoder.kv_heads, decoder.head_dim)
+    seen = tuple(calibration.channels.shape)
+    if seen != needed:
+        raise LoadError(
+            f"{name} has {seen[0]} layers x {seen[1]} KV heads x {seen[2]} channels, "
+            f"but this model has {needed[0]} x {needed[1]} x {needed[2]}; {REMEDY}"
+        )
+    return calibration

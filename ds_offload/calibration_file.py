@@ -1,0 +1,182 @@
+"""The calibration of a model and the file it is kept in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ds_offload.errors import InputError, LoadError
+
+FORMAT = "ds_offload.calibration"
+VERSION = 1
+REMEDY = "make one with: ds-offload calibrate --model M"
+
+_LARGEST_FILE = 2**28
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration found out about a model's keys; tensors are on the CPU.
+
+    Attributes:
+        channels: Channel numbers `[L, Hkv, D]` int64, the most important first.
+        importance: Importance by channel number `[L, Hkv, D]` float32.
+        key_mean: Mean key after RoPE `[L, Hkv, D]` float32, subtracted before labels are
+            quantised; zeros where it is not known.
+        fingerprint: The model it was made for.
+        tokens: Tokens it was made on.
+        text: Name of the text they are from.
+    """
+
+    channels: Tensor
+    importance: Tensor
+    key_mean: Tensor
+    fingerprint: str
+    tokens: int
+    text: str
+
+    @classmethod
+    def rank(cls, importance: Tensor, key_mean: Tensor, *, fingerprint: str, tokens: int, text: str) -> Calibration:
+        """The calibration with channels ranked by `importance`, ties by channel number."""
+        importance = importance.float().cpu()
+        channels = importance.sort(dim=-1, descending=True, stable=True).indices
+        return cls(channels, importance, key_mean.float().cpu(), fingerprint, tokens, text)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file in one step: it is there whole or not at all.
+
+        The same calibration always gives the same bytes.
+
+        Raises:
+            InputError: `path` cannot be written.
+        """
+        check_writable(path)
+        path = Path(path)
+        temporary = path.with_name(f".calibration-{secrets.token_hex(8)}.tmp")
+        try:
+            with open(temporary, "xb") as file:
+                file.write(self._to_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}; give a path in a folder you can write") from None
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+    def _to_bytes(self) -> bytes:
+        metadata = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "fingerprint": self.fingerprint,
+            "tokens": str(self.tokens),
+            "text": self.text.encode(errors="replace").decode(),
+        }
+        tensors = {"channels": self.channels, "importance": self.importance, "key_mean": self.key_mean}
+        data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+        # safetensors writes metadata in an order of its own each time: sort the header.
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        return len(header).to_bytes(8, "little") + header + data[start:]
+
+    @classmethod
+    def load(cls, path: str | Path, fingerprint: str) -> Calibration:
+        """Read a file that `save` wrote, for the model with `fingerprint`.
+
+        Raises:
+            LoadError: Not there, truncated, damaged, foreign, of a newer version or of
+                another model.
+        """
+        return cls.parse(read_calibration_file(path), str(path), fingerprint)
+
+    @classmethod
+    def parse(cls, data: bytes, name: str, fingerprint: str) -> Calibration:
+        """`load` from a file's content; errors call it `name`."""
+        try:
+            tensors = safetensors.torch.load(data)
+        except (SafetensorError, KeyError, ValueError):
+            raise LoadError(f"{name} is no calibration, or is cut short or damaged; {REMEDY}") from None
+        header: dict[str, Any] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata: dict[str, str] = header.get("__metadata__") or {}
+        if metadata.get("format") != FORMAT:
+            raise LoadError(f"{name} is a safetensors file, but no calibration; {REMEDY}")
+        damaged = LoadError(f"{name} is a damaged calibration; {REMEDY}")
+        version, tokens, made_for = (metadata.get(key, "") for key in ("version", "tokens", "fingerprint"))
+        if not all(re.fullmatch(r"[0-9]{1,18}", number) for number in (version, tokens)):
+            raise damaged
+        if int(version) > VERSION:
+            raise LoadError(
+                f"{name} has format version {version}, and this version of ds-offload reads up to {VERSION}; "
+                f"update ds-offload, or {REMEDY}"
+            )
+        if made_for != fingerprint:
+            raise LoadError(
+                f"{name}: this calibration was made for another model "
+                f"(fingerprint {made_for[:8]!a} ≠ {fingerprint[:8]!a}); {REMEDY}"
+            )
+        if set(tensors) != {"channels", "importance", "key_mean"}:
+            raise damaged
+        importance, key_mean = tensors["importance"], tensors["key_mean"]
+        sound = (
+            importance.dtype == key_mean.dtype == torch.float32
+            and importance.ndim == 3
+            and importance.shape == key_mean.shape
+            and bool(importance.isfinite().all() and key_mean.isfinite().all())
+        )
+        if not sound:
+            raise damaged
+        loaded = cls.rank(
+            importance, key_mean, fingerprint=fingerprint, tokens=int(tokens), text=metadata.get("text", "")
+        )
+        channels = tensors["channels"]
+        if channels.dtype != torch.int64 or not torch.equal(loaded.channels, channels):
+            raise damaged
+        return loaded
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse a path that `Calibration.save` could not write to.
+
+    Raises:
+        InputError: Something other than a file is there, or its folder is missing or not writable.
+    """
+    folder = Path(path).parent
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"cannot write {path}: it is not a regular file; give another path")
+    if not os.path.isdir(folder):
+        raise InputError(f"cannot write {path}: there is no folder {folder}; make it, or give another path")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {path}: the folder {folder} is not writable; give another path")
+
+
+def read_calibration_file(path: str | Path) -> bytes:
+    """The content of a file that a user named as a calibration.
+
+    Raises:
+        LoadError: Not there, not a file, not readable, or far larger than any calibration.
+    """
+    try:
+        about = os.stat(path)
+        data = Path(path).read_bytes() if stat.S_ISREG(about.st_mode) and about.st_size <= _LARGEST_FILE else None
+    except FileNotFoundError:
+        raise LoadError(f"there is no calibration {path}; {REMEDY}") from None
+    except (OSError, ValueError) as error:
+        raise LoadError(f"cannot read the calibration {path}: {error}; {REMEDY}") from None
+    if data is None:
+        seen = f"has {about.st_size:,} bytes" if stat.S_ISREG(about.st_mode) else "is not a file"
+        raise LoadError(f"{path} {seen}, so it is no calibration; {REMEDY}")
+    return data

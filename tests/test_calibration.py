@@ -1,0 +1,477 @@
+"""Calibration: the statistic against its definition, the file, and where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from ds_offload import calibration as calibration_module
+from ds_offload.byte_tokenizer import ByteTokenizer
+from ds_offload.calibration import (
+    Calibration,
+    cached_calibration,
+    calibrate,
+    calibrate_loaded,
+    find_or_make_calibration,
+    text_ids,
+)
+from ds_offload.decoder import DecoderStack
+from ds_offload.errors import InputError, LoadError
+from ds_offload.loading import LoadedModel, ModelSource
+from ds_offload.model_shape import ModelShape
+
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+    "head_dim": 12,
+}
+FAMILIES = {
+    "MHA": (LlamaConfig, 4, 4),
+    "GQA": (LlamaConfig, 6, 2),
+    "MQA": (LlamaConfig, 3, 1),
+    "biases": (Qwen2Config, 4, 2),
+    "q/k-norm": (Qwen3Config, 4, 2),
+}
+FINGERPRINT = "0123456789abcdef" * 4
+
+
+def tiny_model(family: str = "GQA", dtype: torch.dtype = torch.float64, **changes: int) -> PreTrainedModel:
+    kind, heads, kv_heads = FAMILIES[family]
+    config = kind(num_attention_heads=heads, num_key_value_heads=kv_heads, **SIZES | changes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    for parameter in model.parameters():
+        parameter.data.normal_(0.2, 0.3)
+    return model.eval()
+
+
+def loaded_model(
+    family: str = "GQA",
+    *,
+    tokenizer: bool = True,
+    load_format: str = "auto",
+    fingerprint: str = FINGERPRINT,
+    **changes: int,
+) -> LoadedModel:
+    model = tiny_model(family, torch.float32, **changes)
+    config: PreTrainedConfig = model.config
+    source = ModelSource("tiny", "", load_format, config, ModelShape.from_config(config), torch.float32)
+    text = ByteTokenizer(config.vocab_size) if tokenizer else None
+    return LoadedModel(source, model, text, torch.device("cpu"), frozenset(), fingerprint)
+
+
+def token_ids(count: int, seed: int = 1) -> list[int]:
+    return torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def queries_and_keys(model: PreTrainedModel, ids: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """q `[N, H, D]` and k `[N, Hkv, D]` of each layer, from transformers' own forward pass of one context."""
+    seen: dict[tuple[int, str], Tensor] = {}
+    hooks = []
+    for number, layer in enumerate(model.model.layers):
+        for name in ("q", "k"):
+            module = getattr(layer.self_attn, f"{name}_norm", None) or getattr(layer.self_attn, f"{name}_proj")
+            hooks.append(
+                module.register_forward_hook(
+                    lambda _, __, out, key=(number, name): seen.__setitem__(key, out.reshape(len(ids), -1, 12))
+                )
+            )
+    with torch.no_grad():
+        model(torch.tensor([ids]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    frequencies = 1.0 / 10000.0 ** (torch.arange(0, 12, 2, dtype=torch.float64) / 12)
+    angles = torch.arange(len(ids), dtype=torch.float64)[:, None, None] * frequencies
+
+    def rotate(rows: Tensor) -> Tensor:
+        first, second = rows.chunk(2, -1)
+        return torch.cat(
+            [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], -1
+        )
+
+    layers = range(len(model.model.layers))
+    return [rotate(seen[n, "q"]) for n in layers], [rotate(seen[n, "k"]) for n in layers]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("count", "block"), [(1, 64), (37, 64), (50, 16), (48, 16), (33, 32)])
+def test_statistic_is_the_mean_product_over_all_pairs(family: str, count: int, block: int) -> None:
+    model, ids = tiny_model(family), token_ids(count)
+    made = calibrate(DecoderStack(model), ids, fingerprint=FINGERPRINT, text="t", block=block)
+    contexts = [queries_and_keys(model, ids[start : start + block]) for start in range(0, count, block)]
+    groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    for layer in range(3):
+        query = torch.cat([queries[layer] for queries, _ in contexts])
+        key = torch.cat([keys[layer] for _, keys in contexts])
+        for head in range(key.shape[1]):
+            expected = sum(
+                (query[:, None, h] * key[None, :, head]).abs().mean((0, 1))
+                for h in range(head * groups, (head + 1) * groups)
+            )
+            torch.testing.assert_close(made.importance[layer, head].double(), expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(made.key_mean[layer, head].double(), key[:, head].mean(0), rtol=1e-4, atol=1e-5)
+            assert made.channels[layer, head].tolist() == sorted(
+                range(12), key=lambda c: (-made.importance[layer, head, c].item(), c)
+            )
+    assert (made.tokens, made.text, made.fingerprint) == (count, "t", FINGERPRINT)
+
+
+def test_ties_rank_by_channel_number() -> None:
+    importance = torch.tensor([[[1.0, 3.0, 1.0, 3.0, 0.0, 3.0]]])
+    ranked = Calibration.rank(importance, torch.zeros(1, 1, 6), fingerprint="f", tokens=1, text="t")
+    assert ranked.channels.tolist() == [[[1, 3, 5, 0, 2, 4]]]
+
+
+def test_every_block_counts() -> None:
+    decoder, ids = DecoderStack(tiny_model()), token_ids(32)
+    one = calibrate(decoder, ids[:16] + ids[16:], fingerprint="f", text="t", block=16)
+    other = calibrate(decoder, ids[16:] + ids[:16], fingerprint="f", text="t", block=16)
+    torch.testing.assert_close(one.importance, other.importance)
+    last_only = calibrate(decoder, ids[16:], fingerprint="f", text="t", block=16)
+    assert not torch.allclose(one.importance, last_only.importance, rtol=1e-3)
+
+
+def test_blocks_stay_within_the_trained_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = loaded_model(max_position_embeddings=24)
+    decoder = DecoderStack(loaded.model)
+    furthest = []
+    rotary = decoder.rotary
+    monkeypatch.setattr(decoder, "rotary", lambda positions: furthest.append(int(positions.max())) or rotary(positions))
+    calibrate_loaded(loaded, decoder, token_ids(60), "t")
+    assert furthest == [23, 23, 11]
+
+
+def test_progress_counts_every_layer_of_every_block() -> None:
+    seen: list[tuple[int, int]] = []
+    calibrate(
+        DecoderStack(tiny_model()),
+        token_ids(40),
+        fingerprint="f",
+        text="t",
+        block=16,
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(n, 9) for n in range(1, 10)]
+
+
+def test_no_tokens_and_values_that_are_not_finite_are_refused() -> None:
+    decoder = DecoderStack(tiny_model())
+    with pytest.raises(InputError, match="no tokens"):
+        calibrate(decoder, [], fingerprint="f", text="t")
+    model = tiny_model()
+    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(LoadError, match="not finite in float64"):
+        calibrate(DecoderStack(model), token_ids(8), fingerprint="f", text="t")
+
+
+@pytest.fixture
+def made() -> Calibration:
+    return calibrate(DecoderStack(tiny_model()), token_ids(30), fingerprint=FINGERPRINT, text="a text: ünïcode, 文")
+
+
+def same(one: Calibration, other: Calibration) -> bool:
+    return all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b
+        for a, b in zip(dataclasses.astuple(one), dataclasses.astuple(other), strict=True)
+    )
+
+
+def test_round_trip(made: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    made.save(path)
+    assert same(Calibration.load(path, FINGERPRINT), made)
+    assert os.listdir(tmp_path) == ["c.safetensors"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+def test_calibrating_twice_gives_identical_bytes(made: Calibration, tmp_path: Path) -> None:
+    again = calibrate(DecoderStack(tiny_model()), token_ids(30), fingerprint=FINGERPRINT, text="a text: ünïcode, 文")
+    for number in range(8):
+        made.save(tmp_path / f"a{number}")
+    again.save(tmp_path / "b")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_two_texts_give_different_files(made: Calibration, tmp_path: Path) -> None:
+    decoder = DecoderStack(tiny_model())
+    other = calibrate(decoder, token_ids(30, seed=2), fingerprint=FINGERPRINT, text=made.text)
+    made.save(tmp_path / "a")
+    other.save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() != (tmp_path / "b").read_bytes()
+
+
+def test_saving_replaces_a_file_whole_or_not_at_all(
+    made: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c"
+    path.write_bytes(b"what was there")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(InputError, match="No space left"):
+            made.save(path)
+    assert path.read_bytes() == b"what was there"
+    assert os.listdir(tmp_path) == ["c"]
+    made.save(path)
+    assert same(Calibration.load(path, FINGERPRINT), made)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("", "not a regular file"),
+        ("no/c", "there is no folder"),
+        ("file/c", "there is no folder"),
+        ("n" * 300, "cannot write"),
+    ],
+)
+def test_places_that_cannot_be_written(made: Calibration, tmp_path: Path, place: str, message: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=message) as caught:
+        made.save(tmp_path / place)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_saving_never_replaces_a_device(made: Calibration) -> None:
+    with pytest.raises(InputError, match="/dev/null: it is not a regular file"):
+        made.save("/dev/null")
+
+
+def refused(path: Path, fingerprint: str = FINGERPRINT) -> str:
+    with pytest.raises(LoadError) as caught:
+        Calibration.load(path, fingerprint)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    assert message.endswith("ds-offload calibrate --model M")
+    return message
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.2, 0.5, 0.9, 0.99999])
+def test_truncated_files_are_refused(made: Calibration, tmp_path: Path, share: float) -> None:
+    made.save(tmp_path / "c")
+    data = (tmp_path / "c").read_bytes()
+    (tmp_path / "c").write_bytes(data[: int(share * len(data))])
+    assert "cut short" in refused(tmp_path / "c")
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("Call me Ishmael. Some years ago, never mind how long precisely.")
+    assert "no calibration" in refused(tmp_path / "text")
+    safetensors.torch.save_file({"weight": torch.ones(3)}, tmp_path / "weights")
+    assert "is a safetensors file, but no calibration" in refused(tmp_path / "weights")
+    assert "is not a file" in refused(tmp_path)
+    assert "there is no calibration" in refused(tmp_path / "missing")
+    assert "is not a file" in refused(Path("/dev/zero"))
+    with open(tmp_path / "huge", "wb") as file:
+        file.truncate(2**40)
+    assert "1,099,511,627,776 bytes" in refused(tmp_path / "huge")
+
+
+def test_the_wrong_model_is_named(made: Calibration, tmp_path: Path) -> None:
+    made.save(tmp_path / "c")
+    message = refused(tmp_path / "c", "f" * 64)
+    assert "made for another model (fingerprint '01234567' ≠ 'ffffffff')" in message
+
+
+def rewritten(made: Calibration, path: Path, metadata: dict[str, str] | None = None, **tensors: Tensor | None) -> Path:
+    """`made` in a file with other metadata or tensors."""
+    held = {"channels": made.channels, "importance": made.importance, "key_mean": made.key_mean}
+    held |= {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    held = {name: tensor.contiguous() for name, tensor in held.items() if tensors.get(name, tensor) is not None}
+    about = {
+        "format": "ds_offload.calibration",
+        "version": "1",
+        "fingerprint": FINGERPRINT,
+        "tokens": "30",
+        "text": "t",
+    }
+    safetensors.torch.save_file(held, path, about | (metadata or {}))
+    return path
+
+
+def test_a_newer_version_is_refused_before_anything_else(made: Calibration, tmp_path: Path) -> None:
+    message = refused(rewritten(made, tmp_path / "c", {"version": "2", "fingerprint": "other"}, more=torch.ones(1)))
+    assert "has format version 2, and this version of ds-offload reads up to 1; update ds-offload" in message
+
+
+def test_files_that_contradict_themselves_are_refused(made: Calibration, tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    assert same(Calibration.load(rewritten(made, path), FINGERPRINT), dataclasses.replace(made, text="t")), (
+        "the file is sound before it is spoilt"
+    )
+    spoilt_importance = made.importance.clone()
+    spoilt_importance[0, 0, 0] = torch.inf
+    swapped = made.channels.clone()
+    swapped[1, 1, :2] = swapped[1, 1, :2].flip(0)
+    cases: list[dict[str, Tensor | None]] = [
+        {"channels": made.channels[:-1]},
+        {"channels": swapped},
+        {"channels": made.channels.int()},
+        {"channels": made.channels + 1},
+        {"importance": made.importance[..., :-1]},
+        {"importance": made.importance.double()},
+        {"importance": spoilt_importance},
+        {"importance": made.importance[0]},
+        {"key_mean": made.key_mean[:, :1]},
+        {"key_mean": made.key_mean * torch.nan},
+        {"key_mean": None},
+        {"extra": torch.zeros(1)},
+    ]
+    for case in cases:
+        assert "is a damaged calibration" in refused(rewritten(made, path, **case)), case
+    for metadata in ({"version": "one"}, {"version": ""}, {"tokens": "-3"}, {"tokens": "9" * 5000}):
+        assert "is a damaged calibration" in refused(rewritten(made, path, metadata)), metadata
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DS_OFFLOAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibration_module, "shipped_text", lambda: "A lamp burned in the window. " * 200)
+    return tmp_path / "cache" / "calibration" / f"{FINGERPRINT}.safetensors"
+
+
+def never(*_: object, **__: object) -> Calibration:
+    raise AssertionError("calibrated again")
+
+
+def test_made_once_and_found_from_then_on(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = loaded_model()
+    decoder = DecoderStack(loaded.model)
+    first = find_or_make_calibration(loaded, decoder, None)
+    assert cached_calibration(FINGERPRINT) == cache
+    assert (first.tokens, first.text) == (4096, "the shipped text")
+    assert "calibrating tiny on 4,096 tokens of the shipped text" in capsys.readouterr().err
+    monkeypatch.setattr(calibration_module, "calibrate", never)
+    assert same(find_or_make_calibration(loaded, decoder, None), first)
+    assert capsys.readouterr().err == ""
+    other = loaded_model(fingerprint="f" * 64)
+    with pytest.raises(AssertionError, match="calibrated again"):
+        find_or_make_calibration(other, DecoderStack(other.model), None)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other shape", "folder"])
+def test_a_damaged_cache_file_is_said_and_made_again(
+    cache: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = loaded_model()
+    decoder = DecoderStack(loaded.model)
+    first = find_or_make_calibration(loaded, decoder, None)
+    sound = cache.read_bytes()
+    if damage == "truncated":
+        cache.write_bytes(sound[:-1])
+    elif damage == "other shape":
+        dataclasses.replace(first, **{n: getattr(first, n)[1:] for n in ("channels", "importance", "key_mean")}).save(
+            cache
+        )
+    else:
+        cache.unlink()
+        cache.mkdir()
+    capsys.readouterr()
+    assert same(find_or_make_calibration(loaded, decoder, None), first)
+    said = capsys.readouterr().err
+    assert f"{cache} " in said
+    assert "; making it again" in said
+    if damage == "folder":
+        assert "the calibration is not kept for next time: cannot write" in said
+    else:
+        assert cache.read_bytes() == sound
+
+
+def test_a_cache_that_cannot_be_written_is_said(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    loaded = loaded_model()
+    made = find_or_make_calibration(loaded, DecoderStack(loaded.model), None)
+    assert made.channels.shape == (3, 2, 12)
+    assert "the calibration is not kept for next time" in capsys.readouterr().err
+
+
+def test_dummy_weights_are_calibrated_in_memory(cache: Path) -> None:
+    loaded = loaded_model(load_format="dummy")
+    made = find_or_make_calibration(loaded, DecoderStack(loaded.model), None)
+    assert (made.tokens, made.text) == (2048, "the shipped text")
+    assert not cache.parent.exists()
+
+
+@pytest.mark.parametrize("count", [1, 5, 5000])
+def test_without_a_tokenizer_the_prompt_is_the_text(cache: Path, count: int) -> None:
+    loaded = loaded_model(tokenizer=False)
+    decoder, ids = DecoderStack(loaded.model), token_ids(count)
+    made = find_or_make_calibration(loaded, decoder, None, ids)
+    assert made.tokens == min(count, 4096)
+    expected = calibrate(decoder, ids[:4096], fingerprint=FINGERPRINT, text="the prompt", block=128)
+    assert same(made, expected)
+    assert not cache.parent.exists()
+
+
+def test_without_tokenizer_and_prompt_it_says_what_to_do(cache: Path) -> None:
+    loaded = loaded_model(tokenizer=False)
+    with pytest.raises(InputError, match="tiny has no tokenizer to calibrate with; give a prompt of token ids"):
+        find_or_make_calibration(loaded, DecoderStack(loaded.model), None)
+    with pytest.raises(InputError, match="tiny has no tokenizer"):
+        text_ids(loaded, "a text")
+
+
+def test_a_given_file_is_used_and_checked(made: Calibration, cache: Path, tmp_path: Path) -> None:
+    loaded = loaded_model()
+    decoder = DecoderStack(loaded.model)
+    made.save(tmp_path / "mine")
+    assert same(find_or_make_calibration(loaded, decoder, str(tmp_path / "mine")), made)
+    other = loaded_model("MHA")
+    with pytest.raises(LoadError, match="3 layers x 2 KV heads x 12 channels, but this model has 3 x 4 x 12"):
+        find_or_make_calibration(other, DecoderStack(other.model), str(tmp_path / "mine"))
+    with pytest.raises(LoadError, match="there is no calibration"):
+        find_or_make_calibration(loaded, decoder, str(tmp_path / "missing"))
+    assert not cache.parent.exists()
+
+
+@pytest.mark.parametrize("name", ["channels.json", "channels"])
+def test_a_reference_channel_file_is_imported(
+    cache: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = loaded_model()
+    rankings = {
+        layer: [torch.randperm(12, generator=torch.Generator().manual_seed(2 * layer + h)).tolist() for h in range(2)]
+        for layer in range(3)
+    }
+    path = tmp_path / name
+    path.write_text(json.dumps({f"model.layers.{n}.self_attn.qk_proj": lists for n, lists in rankings.items()}))
+    imported = find_or_make_calibration(loaded, DecoderStack(loaded.model), str(path))
+    assert imported.channels.tolist() == [rankings[n] for n in range(3)]
+    assert imported.key_mean.eq(0).all()
+    assert imported.importance[1, 0, rankings[1][0][0]] == 12
+    assert imported.importance[1, 0, rankings[1][0][-1]] == 1
+    assert (imported.fingerprint, imported.tokens) == (FINGERPRINT, 0)
+    assert "cannot be checked" in capsys.readouterr().err
+    imported.save(tmp_path / "saved")
+    assert same(Calibration.load(tmp_path / "saved", FINGERPRINT), imported)
+
+
+def test_a_json_file_that_is_cut_short_is_refused_as_one(cache: Path, tmp_path: Path) -> None:
+    loaded = loaded_model()
+    (tmp_path / "c.json").write_text('{"model.layers.0.self_attn.qk_proj": [[0, 1')
+    with pytest.raises(LoadError, match="not JSON, or is cut short"):
+        find_or_make_calibration(loaded, DecoderStack(loaded.model), str(tmp_path / "c.json"))
