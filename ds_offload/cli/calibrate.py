@@ -43,6 +43,9 @@ def calibrate(
     if model.load_format == "dummy" and out is None:
         raise InputError("a calibration of dummy weights is not kept in the cache; give --out FILE")
     document = None if data is None else read_text_file(data)
+    if document is not None and len(document.encode()) < FEWEST_TOKENS - 1:
+        # No tokenizer makes more tokens of it, one at the start included.
+        raise InputError(_too_few(f"file {data!r}"))
 
     from ds_offload.calibration import SHIPPED_TEXT, cached_calibration, calibrate_loaded, shipped_text, text_ids
     from ds_offload.calibration_file import check_writable
@@ -67,7 +70,7 @@ def calibrate(
     name = SHIPPED_TEXT if data is None else Path(data).name
     ids = text_ids(loaded, shipped_text() if document is None else document, most)
     if len(ids) < FEWEST_TOKENS:
-        raise InputError(f"{name} has {len(ids)} tokens, too few to rank channels; give at least {FEWEST_TOKENS}")
+        raise InputError(_too_few(f"file {data!r}"))
     started = time.monotonic()
     with ProgressReport(("calibrate",)) as report:
         made = calibrate_loaded(
@@ -90,3 +93,7 @@ def calibrate(
         print(json.dumps(figures))
     else:
         print(f"wrote {target}: {made.tokens:,} tokens of {name}, {seconds:.1f} s")
+
+
+def _too_few(what: str) -> str:
+    return f"{what} is too short to rank channels on; give a text of at least {FEWEST_TOKENS} tokens"
