@@ -10,6 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from ds_offload.byte_tokenizer import ByteTokenizer
 from ds_offload.errors import InputError
 from ds_offload.text_stream import TextStream
 
@@ -102,6 +103,16 @@ def test_random_tokens_join_to_the_decoded_text(tokenizer: PreTrainedTokenizerFa
         ids = [draw.randrange(len(tokenizer)) for _ in range(draw.randrange(1, 24))]
         pieces, _ = stream(tokenizer, ids)
         assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True), ids
+
+
+def test_random_bytes_join_to_the_decoded_text() -> None:
+    """The tokenizer of dummy weights, with ids beyond its bytes among them."""
+    tokenizer, draw = ByteTokenizer(400), random.Random(0)
+    for _ in range(300):
+        ids = [draw.randrange(400) for _ in range(draw.randrange(1, 24))]
+        ids[1:1] = "🐋é".encode()
+        pieces, _ = stream(tokenizer, ids)
+        assert "".join(pieces) == tokenizer.decode(ids), ids
 
 
 def test_words_come_at_once(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -63,7 +63,7 @@ class ProgressReport:
             self.close()
             self._phase, self._started, self._said, self._first = phase, now, now, done
             if self._terminal:
-                self._open_bar(phase, total)
+                self._open_bar(phase, done, total)
         self._done = done
         rate = (done - self._first) / (now - self._started) if now > self._started else 0.0
         if self._bar is not None and self._task is not None:
@@ -74,7 +74,7 @@ class ProgressReport:
             self._said = now
             notice(describe(phase, done, total, rate))
 
-    def _open_bar(self, phase: str, total: int) -> None:
+    def _open_bar(self, phase: str, done: int, total: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -89,7 +89,7 @@ class ProgressReport:
             console=Console(stderr=True),
             transient=True,
         )
-        self._task = self._bar.add_task(phase, total=total, rate="")
+        self._task = self._bar.add_task(phase, completed=done, total=total, rate="")
         self._bar.start()
 
 
