@@ -71,9 +71,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     """
     config = read_gguf_config(gguf)
     tokenizer = read_gguf_tokenizer(gguf, config)
-    model, missing = load_gguf_weights(gguf, config, torch.float32)
-    if missing:
-        raise _failed(f"{gguf.name} lacks {len(missing)} weights, such as {min(missing)}")
+    model, info = load_gguf_weights(gguf, config, torch.float32)
+    if info["missing_keys"]:
+        raise _failed(f"{gguf.name} lacks {len(info['missing_keys'])} weights, such as {min(info['missing_keys'])}")
     # The file does not say these; byte-level text must come back unchanged.
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.model_max_length = config.max_position_embeddings

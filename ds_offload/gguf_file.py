@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -31,8 +32,10 @@ def read_gguf_config(path: Path) -> PreTrainedConfig:
         raise _unreadable(path, error) from error
 
 
-def load_gguf_weights(path: Path, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, set[str]]:
-    """The model on the CPU with its blocks unpacked to `dtype`, and the names of weights the file lacks.
+def load_gguf_weights(
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model on the CPU with its blocks unpacked to `dtype`, and the loading info of transformers.
 
     `from_pretrained(gguf_file=...)` asks for accelerate; the two steps it takes do not.
 
@@ -42,7 +45,7 @@ def load_gguf_weights(path: Path, config: PreTrainedConfig, dtype: torch.dtype) 
     skeleton = build_on_meta(config, dtype)
     try:
         tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=skeleton, torch_dtype=dtype)
-        model, info = type(skeleton).from_pretrained(
+        loaded: Any = type(skeleton).from_pretrained(
             None,
             config=config,
             state_dict=tensors["tensors"],
@@ -52,7 +55,7 @@ def load_gguf_weights(path: Path, config: PreTrainedConfig, dtype: torch.dtype) 
         )
     except Exception as error:
         raise _unreadable(path, error) from error
-    return model, set(info["missing_keys"])
+    return loaded
 
 
 def read_gguf_tokenizer(path: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:

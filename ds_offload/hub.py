@@ -36,13 +36,14 @@ def hub_folder(hub_id: str, *, name: str, weights: bool, hint: str = "") -> Path
     Raises:
         LoadError: No network, no such repository, no access to it, or no room for it.
     """
+    patterns = ALL_FILES if weights else CONFIG_FILES
     try:
-        patterns = ALL_FILES if weights else CONFIG_FILES
         return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=LEFT_OUT))
-    except GatedRepoError as error:
-        reason, cause = f"access to {hub_id} must be granted on the hub, and HF_TOKEN set", error
-    except RepositoryNotFoundError as error:
-        reason, cause = f"the hub has no {hub_id}, or it is private and HF_TOKEN is not set", error
     except Exception as error:
-        reason, cause = f"{hub_id} could not be fetched from the hub ({one_line(error.__cause__ or error)})", error
-    raise LoadError(f"no weights to be had for {name}: {reason}; {THREE_WAYS}{hint}") from cause
+        if isinstance(error, GatedRepoError):
+            reason = f"access to {hub_id} must be granted on the hub, and HF_TOKEN set"
+        elif isinstance(error, RepositoryNotFoundError):
+            reason = f"the hub has no {hub_id}, or it is private and HF_TOKEN is not set"
+        else:
+            reason = f"{hub_id} could not be fetched from the hub ({one_line(error.__cause__ or error)})"
+        raise LoadError(f"no weights to be had for {name}: {reason}; {THREE_WAYS}{hint}") from error

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ from ds_offload.fingerprint import fingerprint
 from ds_offload.gguf_file import load_gguf_weights, read_gguf_config, read_gguf_tokenizer
 from ds_offload.hub import THREE_WAYS, hub_folder, is_hub_id
 from ds_offload.model_shape import ModelShape
+from ds_offload.notices import warn
 from ds_offload.rope_scaling import apply_rope_scaling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -190,10 +192,10 @@ def find_model(
     return ModelSource(name, "" if dummy else location, load_format, config, shape, chosen)
 
 
-def _load_folder(folder: Path, source: ModelSource) -> tuple[PreTrainedModel, set[str]]:
+def _load_folder(folder: Path, source: ModelSource) -> tuple[PreTrainedModel, dict[str, Any]]:
     weight_files(folder)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
             config=source.config,
             dtype=source.dtype,
@@ -205,7 +207,20 @@ def _load_folder(folder: Path, source: ModelSource) -> tuple[PreTrainedModel, se
         )
     except Exception as error:
         raise LoadError(f"the weights in {folder} cannot be loaded: {one_line(error)}") from error
-    return model, set(info["missing_keys"])
+    return loaded
+
+
+def _check_complete(source: ModelSource, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights, and name weights that the model has no place for."""
+    missing = set(info["missing_keys"])
+    if missing:
+        raise LoadError(
+            f"the checkpoint of {source.name} lacks {len(missing)} weights, such as {min(missing)}; "
+            "give the checkpoint of a causal language model"
+        )
+    unused = {name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")}
+    if unused:
+        warn(f"the checkpoint of {source.name} holds {len(unused)} weights that go unused, such as {min(unused)}")
 
 
 def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
@@ -232,19 +247,16 @@ def load_weights(source: ModelSource, device: torch.device) -> LoadedModel:
         if source.location.endswith(".gguf"):
             path = Path(source.location)
             tokenizer = read_gguf_tokenizer(path, source.config)
-            model, missing = load_gguf_weights(path, source.config, source.dtype)
+            model, info = load_gguf_weights(path, source.config, source.dtype)
         else:
             folder = Path(source.location)
             if not folder.is_dir():
                 folder = hub_folder(source.location, name=source.name, weights=True)
             tokenizer = read_tokenizer(folder)
-            model, missing = _load_folder(folder, source)
-        if missing:
-            raise LoadError(
-                f"the checkpoint of {source.name} lacks {len(missing)} weights, such as {min(missing)}; "
-                "give the checkpoint of a causal language model"
-            )
+            model, info = _load_folder(folder, source)
+        _check_complete(source, info)
     # On the CPU first: transformers places weights on a device by itself only with accelerate.
-    model = model.to(device).eval().requires_grad_(False)
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps it, and the wrapper hides its signature
+    model.eval().requires_grad_(False)
     model.config.name_or_path = source.name
     return LoadedModel(source, model, tokenizer, model.device, _eos_token_ids(model), fingerprint(model))

@@ -77,10 +77,9 @@ def describe_rope(config: PreTrainedConfig, max_context: int) -> str | None:
     name = config.name_or_path or "this model"
     line = f"max_context {max_context:,} is beyond the {original:,} positions {name} was trained for"
     if kind == "default":
-        factor = math.ceil(max_context / original)
         return (
             f"{line}; RoPE scaling applied: none (positions are extrapolated as they are); "
-            f"--rope-scaling yarn:{factor} applies one"
+            f"--rope-scaling yarn:{math.ceil(max_context / original)} applies one"
         )
     line = f"max_context {max_context:,} is beyond the original {original:,} positions of {name}"
     factor = config.rope_parameters.get("factor")

