@@ -1,4 +1,4 @@
-"""Finding and loading models: folders, GGUF, dummy weights, and every refusal in one line."""
+"""Finding and loading models: folders, hub and GGUF, and every refusal in one line."""
 
 import json
 import struct
@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from ds_offload.byte_tokenizer import ByteTokenizer
 from ds_offload.errors import InputError, LoadError
 from ds_offload.loading import find_model, load_weights
 
@@ -260,50 +259,6 @@ def test_a_fingerprint_belongs_to_the_checkpoint(tmp_path: Path) -> None:
     assert first != print_of(changed, "one projection changed")
 
 
-@pytest.mark.parametrize("scaling", [None, "linear:4", "dynamic:2", "yarn:4"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_dummy_weights_have_the_shapes_and_rope_of_a_built_model(
-    family: str, scaling: str | None, folder: Path
-) -> None:
-    built = tiny_model(family)
-    built.save_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    source = find_model(folder, load_format="dummy", dtype="fp32", rope_scaling=scaling)
-    loaded = load_weights(source, CPU)
-    assert loaded.model.state_dict().keys() == built.state_dict().keys()
-    for name, weight in loaded.model.state_dict().items():
-        assert weight.shape == built.state_dict()[name].shape
-        if name.endswith("norm.weight"):
-            assert torch.equal(weight, torch.ones_like(weight))
-        elif name.endswith("bias"):
-            assert torch.equal(weight, torch.zeros_like(weight))
-        else:
-            assert abs(weight.std().item() - 0.02) < 0.002 and abs(weight.mean().item()) < 0.002
-    reference = AutoModelForCausalLM.from_config(source.config)
-    for length in (700, 3000):
-        given = torch.zeros(1, 1), torch.arange(length)[None]
-        ours, theirs = loaded.model.model.rotary_emb(*given), reference.model.rotary_emb(*given)
-        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
-    assert torch.isfinite(loaded.model(torch.arange(1, 60)[None]).logits).all()
-    assert loaded.eos_token_ids == frozenset()
-    assert isinstance(loaded.tokenizer, ByteTokenizer)
-
-
-def test_dummy_weights_are_the_same_every_time_and_tied_once(folder: Path) -> None:
-    edit_config(folder, tie_word_embeddings=True)
-    source = find_model(folder, load_format="dummy")
-    first, second = load_weights(source, CPU), load_weights(source, CPU)
-    assert first.fingerprint == second.fingerprint
-    assert first.model.lm_head.weight is first.model.model.embed_tokens.weight
-    assert sum(parameter.numel() for parameter in first.model.parameters()) == source.shape.parameters
-    assert {parameter.dtype for parameter in first.model.parameters()} == {torch.bfloat16}
-
-
-def test_dummy_with_a_vocabulary_too_small_for_bytes_takes_ids_only(folder: Path) -> None:
-    edit_config(folder, vocab_size=200)
-    assert load_weights(find_model(folder, load_format="dummy"), CPU).tokenizer is None
-
-
 def test_nothing_is_printed_on_stdout_and_verbosity_is_put_back(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -314,22 +269,6 @@ def test_nothing_is_printed_on_stdout_and_verbosity_is_put_back(
     assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_fingerprint_and_dummy_weights_on_cuda(folder: Path) -> None:
-    cuda = torch.device("cuda")
-    loaded = load_weights(find_model(folder), cuda)
-    assert loaded.device.type == "cuda"
-    assert loaded.fingerprint == load_weights(find_model(folder), CPU).fingerprint
-    source = find_model("smollm2-135m", load_format="dummy")
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    model = load_weights(source, cuda).model
-    weights = 2 * source.shape.parameters
-    assert torch.cuda.max_memory_allocated() - before < 1.05 * weights
-    assert torch.isfinite(model(torch.arange(1, 60, device=cuda)[None]).logits).all()
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a gguf file at all", b"GGUF" + struct.pack("<IQQ", 3, 1, 9)])
