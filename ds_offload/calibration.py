@@ -175,7 +175,7 @@ def find_or_make_calibration(
         InputError: There is neither a file nor a tokenizer nor a prompt.
     """
     if path is not None:
-        return _load_any(path, loaded, decoder)
+        return _load_any(os.path.expanduser(path), loaded, decoder)
     if loaded.tokenizer is None:
         if not prompt_ids:
             raise InputError(

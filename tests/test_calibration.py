@@ -130,9 +130,9 @@ def test_statistic_is_the_mean_product_over_all_pairs(family: str, count: int, b
 
 
 def test_ties_rank_by_channel_number() -> None:
-    importance = torch.tensor([[[1.0, 3.0, 1.0, 3.0, 0.0, 3.0]]])
-    ranked = Calibration.rank(importance, torch.zeros(1, 1, 6), fingerprint="f", tokens=1, text="t")
-    assert ranked.channels.tolist() == [[[1, 3, 5, 0, 2, 4]]]
+    importance = torch.arange(256).remainder(3).float().expand(1, 1, -1)
+    ranked = Calibration.rank(importance, torch.zeros(1, 1, 256), fingerprint="f", tokens=1, text="t")
+    assert ranked.channels[0, 0].tolist() == [*range(2, 256, 3), *range(1, 256, 3), *range(0, 256, 3)]
 
 
 def test_every_block_counts() -> None:
@@ -230,7 +230,9 @@ def test_saving_replaces_a_file_whole_or_not_at_all(
             made.save(path)
     assert path.read_bytes() == b"what was there"
     assert os.listdir(tmp_path) == ["c"]
-    made.save(path)
+    with open(path, "rb") as reader:
+        made.save(path)
+        assert reader.read() == b"what was there", "written over rather than replaced"
     assert same(Calibration.load(path, FINGERPRINT), made)
 
 

@@ -70,9 +70,12 @@ def test_short_lists_are_completed_in_number_order() -> None:
     assert channels == [[[4, 2, 0, 1, 3, 5], [5, 0, 1, 2, 3, 4]]]
 
 
-def test_channels_that_short_lists_leave_out_rank_alike_in_a_group() -> None:
-    # Channel 5 is first in one list and left out of the other; channel 1 is second in the
-    # one and left out of the other. Counted by number, 1 would come before 5.
+def test_channels_that_a_short_list_leaves_out_share_the_mean_of_the_ranks_left() -> None:
+    # The first list leaves out five channels: rank (1 + 2 + 3 + 4 + 5) / 5 = 3 each.
+    # Sums: channel 0 has 3, 1 has 4, 2 has 5, 3 has 5, 4 has 6, 5 has 7.
+    channels, _ = parse({key(0): [[2], [0, 1, 3, 4, 5, 2]]}, layers=1, heads=2, kv_heads=1)
+    assert channels == [[[0, 1, 2, 3, 4, 5]]]
+    # Channel 5 is first in one list, channel 1 second: the number does not decide.
     channels, _ = parse({key(0): [[5, 1], [4, 3]]}, layers=1, heads=2, kv_heads=1)
     assert channels == [[[4, 5, 1, 3, 0, 2]]]
 
