@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ds_offload.errors import InputError
-from ds_offload.notices import notice
 
 
 def resolve_device(name: str) -> torch.device:
@@ -16,8 +15,6 @@ def resolve_device(name: str) -> torch.device:
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        if count == 0:
-            notice("no CUDA device found: running on the CPU")
         name = "cuda" if count else "cpu"
     try:
         device = torch.device(name)

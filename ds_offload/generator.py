@@ -108,7 +108,9 @@ class OffloadedGenerator:
         self.last_output: GenerationOutput | None = None
         self._faults = faults
         self._calibration: Calibration | None = None
-        if loaded.tokenizer is not None or config.calibration is not None:
+        # Said once the first prompt has passed its checks: a refused one ends in one line.
+        self._announcements: list[str] = []
+        if config.calibration is not None:
             self._calibration = find_or_make_calibration(loaded, self.decoder, config.calibration)
 
     @classmethod
@@ -146,11 +148,14 @@ class OffloadedGenerator:
         )
         assert isinstance(resolved.max_context, int)
         check_supported(source.config, resolved.max_context)
+        check_weights(source, resolved, target)
+        generator = cls(load_weights(source, target), resolved)
+        if device == "auto" and target.type == "cpu":
+            generator._announcements.append("no CUDA device found: running on the CPU")
         scaling = describe_rope(source.config, resolved.max_context)
         if scaling is not None:
-            notice(scaling)
-        check_weights(source, resolved, target)
-        return cls(load_weights(source, target), resolved)
+            generator._announcements.append(scaling)
+        return generator
 
     @property
     def tokenizer(self) -> Any:
@@ -253,10 +258,12 @@ class OffloadedGenerator:
         """Prefill every sequence, then decode them together; yields each step's new text per sequence."""
         lengths = [len(sequence.prompt) for sequence in sequences]
         capacities = [len(sequence.prompt) + sequence.limit for sequence in sequences]
-        check_request(self.loaded, self.config, lengths, capacities)
+        plan = check_request(self.loaded, self.config, lengths, capacities)
+        while self._announcements:
+            notice(self._announcements.pop(0))
         if self._calibration is None:
             self._calibration = find_or_make_calibration(self.loaded, self.decoder, None, sequences[0].prompt)
-        statistics.begin()
+        statistics.begin(plan)
         with KVContext(self.decoder, self.config, self._calibration, capacities, self._faults) as context:
             pieces = []
             for number, sequence in enumerate(sequences):

@@ -232,28 +232,40 @@ def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([ids] if isinstance(ids, int) else ids)
 
 
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | ByteTokenizer | None:
+    """The tokenizer of a found model, without its weights; None where the checkpoint has none.
+
+    Raises:
+        LoadError: A tokenizer file that is broken.
+    """
+    if source.load_format == "dummy":
+        return ByteTokenizer(source.shape.vocab_size) if source.shape.vocab_size >= BYTES else None
+    with _quiet_transformers():
+        if source.location.endswith(".gguf"):
+            return read_gguf_tokenizer(Path(source.location), source.config)
+        return read_tokenizer(_checkpoint_folder(source))
+
+
+def _checkpoint_folder(source: ModelSource) -> Path:
+    folder = Path(source.location)
+    return folder if folder.is_dir() else hub_folder(source.location, name=source.name, weights=True)
+
+
 def load_weights(source: ModelSource, device: torch.device) -> LoadedModel:
     """Load a found model's weights onto `device`, read from safetensors or GGUF, or made up for dummy.
 
     Raises:
         LoadError: Weights or a tokenizer that are missing, truncated or of another model.
     """
-    tokenizer: PreTrainedTokenizerBase | ByteTokenizer | None
+    tokenizer = load_tokenizer(source)
     with _quiet_transformers():
         if source.load_format == "dummy":
             model = build_dummy(source.config, source.dtype, device)
-            tokenizer = ByteTokenizer(source.shape.vocab_size) if source.shape.vocab_size >= BYTES else None
             return LoadedModel(source, model, tokenizer, model.device, frozenset(), fingerprint(model))
         if source.location.endswith(".gguf"):
-            path = Path(source.location)
-            tokenizer = read_gguf_tokenizer(path, source.config)
-            model, info = load_gguf_weights(path, source.config, source.dtype)
+            model, info = load_gguf_weights(Path(source.location), source.config, source.dtype)
         else:
-            folder = Path(source.location)
-            if not folder.is_dir():
-                folder = hub_folder(source.location, name=source.name, weights=True)
-            tokenizer = read_tokenizer(folder)
-            model, info = _load_folder(folder, source)
+            model, info = _load_folder(_checkpoint_folder(source), source)
         _check_complete(source, info)
     # On the CPU first: transformers places weights on a device by itself only with accelerate.
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it, and the wrapper hides its signature

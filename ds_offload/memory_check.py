@@ -67,8 +67,10 @@ def check_weights(source: ModelSource, config: OffloadConfig, device: torch.devi
         _compare("host", weights, _host_limit(config), "the weights", "host_memory")
 
 
-def check_request(loaded: LoadedModel, config: OffloadConfig, prompts: list[int], capacities: list[int]) -> None:
-    """Refuse a call whose caches do not fit, the weights being loaded already.
+def check_request(
+    loaded: LoadedModel, config: OffloadConfig, prompts: list[int], capacities: list[int]
+) -> MemoryPlan:
+    """The plan of a call, refused if its caches do not fit, the weights being loaded already.
 
     Raises:
         MemoryPlanError: GPU or host memory is short.
@@ -82,6 +84,7 @@ def check_request(loaded: LoadedModel, config: OffloadConfig, prompts: list[int]
     else:
         taken = plan.gpu_tensors - plan.weights + plan.host_kv
         _compare("host", taken, _host_limit(config), what, "host_memory")
+    return plan
 
 
 def _gpu_limit(config: OffloadConfig, device: torch.device, loaded: int = 0) -> int:

@@ -10,6 +10,7 @@ import torch
 from ds_offload.config import OffloadConfig
 from ds_offload.decoder import DecoderStack
 from ds_offload.kv_context import KVContext
+from ds_offload.memory.plan import MemoryPlan
 
 
 class RunStatistics:
@@ -25,9 +26,11 @@ class RunStatistics:
         self._density = 0.0
         self._started = 0.0
         self._decode_s = 0.0
+        self._planned = 0
 
-    def begin(self) -> None:
-        """The prompts are known; work begins."""
+    def begin(self, plan: MemoryPlan) -> None:
+        """The prompts are known and planned for; work begins."""
+        self._planned = plan.gpu_tensors if self._device.type == "cuda" else 0
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         self._started = self._now()
@@ -59,6 +62,7 @@ class RunStatistics:
             "prefetch_recall": traffic.recalled / traffic.predicted if traffic.predicted else None,
             "mean_density": self._density / steps if steps else None,
             "gpu_peak_bytes": torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0,
+            "gpu_planned_bytes": self._planned,
             "host_pinned_bytes": context.pinned_bytes,
             "host_kv_bytes": context.host_bytes,
             "label_bytes": context.labels.nbytes,

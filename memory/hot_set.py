@@ -114,7 +114,7 @@ class HotSet:
         wanted = tokens >= 0
 
         held, by_token = token[..., :capacity].sort(-1)
-        place = torch.searchsorted(held, tokens).clamp(max=capacity - 1)
+        place = torch.searchsorted(held, tokens.contiguous()).clamp(max=capacity - 1)
         hit = (held.gather(-1, place) == tokens) & wanted
         hit_slot = by_token.gather(-1, place)
         stamp.scatter_(-1, torch.where(hit, hit_slot, capacity), self._clock)

@@ -71,6 +71,8 @@ class KVStore:
         Raises:
             MemoryError: The memory for another segment is not there.
         """
+        if not self._index:
+            return
         segments = self.table.tensors[sequence]
         while self._capacity[sequence] < tokens:
             segment = self._allocate()

@@ -32,6 +32,20 @@ class Step:
         return self.lengths - 1
 
 
+def top_tokens(scores: Tensor, count: int) -> Tensor:
+    """Indices `[..., count]` int64 of the highest `scores` `[..., T]` float32, the best first.
+
+    Equal scores are taken lowest index first (labels of few bits tie often), so the
+    result is the same on every device, and that of a smaller count is its beginning.
+    """
+    bits = scores.view(torch.int32)
+    # As integers, floats order like this: negative ones by their flipped magnitude.
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    keys = (ordered << 32) | (0x7FFFFFFF - index)
+    return keys.topk(count, -1).indices
+
+
 class Selector:
     """Picks candidates by label score, one set per KV head.
 
@@ -66,7 +80,9 @@ class Selector:
         past = (step.lengths - self._window.ring)[:, None, None]
         outside = (token < self._window.sinks) | (token >= past)
         forced = scores.masked_fill(~outside, 0).sum(-1, keepdim=True) if self._top_p is not None else None
-        best, tokens = scores.masked_fill(outside, -torch.inf).topk(step.most_kept, -1)
+        candidates = scores.masked_fill(outside, -torch.inf)
+        tokens = top_tokens(candidates, step.most_kept)
+        best = candidates.gather(-1, tokens)
         rank = torch.arange(step.most_kept, device=scores.device)
         dropped = (rank >= step.keep[:, None, None]) | (best == -torch.inf)
         if self._top_p is not None and forced is not None:

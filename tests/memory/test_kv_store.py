@@ -1,0 +1,82 @@
+"""Store: what is written comes back, wherever segments end; unequal lengths waste less than a segment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ds_offload.memory.kv_store import KVStore
+from ds_offload.memory.pinned_pool import PinnedPool
+
+CPU = torch.device("cpu")
+SEGMENT, HEADS, DIM = 8, 3, 4
+
+
+def make(lengths: list[int], pool: PinnedPool | None, dtype: torch.dtype = torch.float32) -> KVStore:
+    store = KVStore(
+        layers=[0, 2], sequences=len(lengths), kv_heads=HEADS, head_dim=DIM, dtype=dtype, device=CPU, pool=pool,
+        segment_tokens=SEGMENT, max_tokens=max(lengths) + 20,
+    )  # fmt: skip
+    for number, length in enumerate(lengths):
+        store.reserve(number, length)
+    return store
+
+
+@pytest.mark.parametrize("location", ["host", "gpu"])
+@pytest.mark.parametrize("length", [1, 2, SEGMENT - 1, SEGMENT, SEGMENT + 1, 3 * SEGMENT + 5])
+def test_round_trip_of_a_prompt_and_appended_tokens(length: int, location: str) -> None:
+    with PinnedPool(CPU) as pool:
+        store = make([length, 5], pool if location == "host" else None)
+        rows = torch.randn(2, HEADS, length + 10, 2, DIM, generator=torch.Generator().manual_seed(length))
+        store.write_prompt(2, 0, 0, rows[0, :, :length])
+        store.write_prompt(2, 1, 0, rows[1, :, :5])
+        lengths = [length, 5]
+        for step in range(10):
+            for number in range(2):
+                store.reserve(number, lengths[number] + step + 1)
+            at = torch.tensor(lengths) + step
+            store.append(2, at, torch.stack([rows[n, :, int(at[n]) % (length + 10)] for n in range(2)]))
+        tokens = torch.arange(length + 10).expand(2, HEADS, -1).clone()
+        tokens[1, :, 5:] = -1
+        out = torch.full((2, HEADS, length + 10, 2, DIM), torch.nan)
+        store.gather(2, tokens, tokens.clamp(min=0), out)
+        assert torch.equal(out[0], rows[0])
+        assert torch.equal(out[1, :, :5], rows[1, :, :5])
+        assert out[1, :, 5:].isnan().all()
+
+
+def test_a_prompt_written_in_pieces_equals_one_written_at_once() -> None:
+    with PinnedPool(CPU) as pool:
+        rows = torch.randn(HEADS, 29, 2, DIM)
+        store = make([29], pool)
+        for start, end in ((0, 3), (3, 16), (16, 29)):
+            store.write_prompt(0, 0, start, rows[:, start:end])
+        tokens = torch.arange(29).expand(1, HEADS, -1)
+        out = torch.full((1, HEADS, 29, 2, DIM), torch.nan)
+        store.gather(0, tokens, tokens, out)
+        assert torch.equal(out[0], rows)
+
+
+def test_unequal_lengths_waste_less_than_a_segment_each() -> None:
+    lengths = [1, 100, 17]
+    with PinnedPool(CPU) as pool:
+        store = make(lengths, pool)
+        per_token = 2 * HEADS * store.row_bytes
+        assert store.nbytes == sum(-(-n // SEGMENT) * SEGMENT for n in lengths) * per_token
+        assert pool.nbytes >= store.nbytes
+        assert pool.pinned_bytes == 0
+
+
+def test_rows_are_stored_in_the_stores_dtype() -> None:
+    with PinnedPool(CPU) as pool:
+        store = make([4], pool, torch.bfloat16)
+        rows = torch.randn(HEADS, 4, 2, DIM)
+        store.write_prompt(0, 0, 0, rows)
+        assert torch.equal(store.rows(0, 0, 4), rows.bfloat16())
+
+
+def test_the_pool_forgets_its_blocks_when_closed() -> None:
+    with PinnedPool(CPU) as pool:
+        block = pool.allocate(10_000)
+        assert block.shape == (10_000,) and pool.nbytes >= 10_000
+        assert not block.any()
+    assert pool.nbytes == 0

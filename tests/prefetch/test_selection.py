@@ -1,0 +1,92 @@
+"""Selection: forced tokens, ranges, order, ties, budgets, nesting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ds_offload.kernels.label_codec import LabelLayout
+from ds_offload.memory.label_cache import LabelCache
+from ds_offload.memory.window import AttentionWindow
+from ds_offload.prefetch.selection import Selector, Step, top_tokens
+
+HEAD_DIM = 16
+
+
+def make_labels(lengths: list[int], kv_heads: int, seed: int = 0) -> tuple[LabelCache, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    channels = torch.arange(HEAD_DIM).expand(1, kv_heads, HEAD_DIM)
+    mean = torch.zeros(1, kv_heads, HEAD_DIM)
+    labels = LabelCache(LabelLayout(HEAD_DIM, 16), channels, mean, lengths, torch.device("cpu"))
+    keys = [torch.randn(kv_heads, length, HEAD_DIM, generator=generator).half().float() for length in lengths]
+    for number, key in enumerate(keys):
+        labels.write_prompt(0, number, 0, key)
+    return labels, keys
+
+
+def make_step(lengths: list[int], keep: list[int]) -> Step:
+    return Step(torch.tensor(lengths), torch.tensor(keep), max(keep), max(lengths))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("window", [AttentionWindow(0, 0), AttentionWindow(2, 5)])
+def test_equals_a_plain_top_k_per_kv_head(groups: int, window: AttentionWindow) -> None:
+    kv_heads, lengths, keep = 2, [97, 40, 3], [20, 7, 0]
+    labels, keys = make_labels(lengths, kv_heads)
+    query = torch.randn(3, kv_heads * groups, HEAD_DIM, generator=torch.Generator().manual_seed(1))
+    tokens = Selector(labels, window, 0.25).select(0, query, make_step(lengths, keep))
+    assert tokens.shape == (3, kv_heads, 20)
+    for number, length in enumerate(lengths):
+        scores = torch.einsum("hgd,htd->hgt", query[number].view(kv_heads, groups, -1), keys[number]) * 0.25
+        weights = (scores.softmax(-1) if groups > 1 else scores).sum(1)
+        for head in range(kv_heads):
+            low, high = window.sinks, max(window.sinks, length - window.ring)
+            order = weights[head, low:high].sort(dim=0, descending=True, stable=True).indices[: keep[number]] + low
+            kept = tokens[number, head]
+            assert kept[kept >= 0].tolist() == sorted(order.tolist())
+            assert (kept[len(order) :] == -1).all()
+
+
+def test_selected_tokens_lie_between_the_sinks_and_the_recent_window() -> None:
+    window = AttentionWindow(4, 8)
+    for length in (1, 5, 12, 13, 14, 15, 64):
+        labels, _ = make_labels([length], 1)
+        keep = window.selected(length, length)
+        tokens = Selector(labels, window, 1.0).select(0, torch.randn(1, 2, HEAD_DIM), make_step([length], [keep]))
+        sinks, recent = window.sink_tokens(torch.tensor([length]))[0], window.recent_tokens(torch.tensor([length]))[0]
+        every = [n for part in (sinks, tokens[0, 0], recent) for n in part.tolist() if n >= 0]
+        # The budget is the whole context: the three parts cover it exactly once.
+        assert sorted(every) == list(range(length))
+
+
+def test_a_larger_budget_keeps_everything_a_smaller_one_kept_whatever_ties_there_are() -> None:
+    window, length = AttentionWindow(1, 2), 200
+    labels, _ = make_labels([length], 1)
+    labels.rows[0, :, 50:150] = labels.rows[0, :, 50:51]
+    selector, query = Selector(labels, window, 1.0), torch.randn(1, 1, HEAD_DIM)
+    before: set[int] = set()
+    for keep in range(1, window.selected(length, length) + 1, 7):
+        kept = {n for n in selector.select(0, query, make_step([length], [keep]))[0, 0].tolist() if n >= 0}
+        assert len(kept) == keep
+        assert kept >= before
+        before = kept
+
+
+def test_top_tokens_is_a_stable_descending_sort() -> None:
+    scores = torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
+    scores[:, ::3] = scores[:, :1]
+    scores[1, :40] = -torch.inf
+    expected = scores.sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(top_tokens(scores, 500), expected)
+    assert torch.equal(top_tokens(scores, 33), expected[:, :33])
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_the_share() -> None:
+    window, length = AttentionWindow(1, 2), 80
+    labels, keys = make_labels([length], 1)
+    query = torch.randn(1, 2, HEAD_DIM, generator=torch.Generator().manual_seed(3))
+    tokens = Selector(labels, window, 0.25, top_p=0.6).select(0, query, make_step([length], [70]))[0, 0]
+    kept = tokens[tokens >= 0]
+    weights = (torch.einsum("gd,td->gt", query[0], keys[0][0]) * 0.25).softmax(-1).sum(0) / 2
+    forced = weights[:1].sum() + weights[-3:].sum()
+    assert weights[kept].sum() + forced >= 0.6
+    assert weights[kept].sum() + forced - weights[kept].min() < 0.6

@@ -1,0 +1,90 @@
+"""Hand-overs between streams: a slow producer changes nothing, and an event taken out is noticed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ds_offload import OffloadConfig, OffloadedGenerator
+from ds_offload.prefetch.streams import Faults, Streams
+from tiny_models import random_prompts, save_tiny, tiny_config
+
+# About 4 ms at 1.7 GHz: many times a tiny model's layer.
+SLOW = 7_000_000
+
+PRODUCERS = ["query", "selection", "gather", "kv", "host_write", "label_append", "release", "prompt_rows"]
+
+# Where each wait is what keeps the output right: (prefetch, kv_location, hand-overs to take out, producer to delay).
+NEEDED = [
+    ("speculative", "host", {"query"}, "query"),
+    ("speculative", "host", {"selection", "gather"}, "selection"),
+    ("speculative", "host", {"selection", "gather"}, "gather"),
+    ("exact", "host", {"selection", "gather"}, "gather"),
+    ("off", "host", {"kv"}, "kv"),
+    ("off", "host", {"host_write"}, "host_write"),
+    ("off", "gpu", {"host_write"}, "host_write"),
+    ("off", "host", {"label_append"}, "label_append"),
+    ("off", "host", {"prompt_rows"}, "prompt_rows"),
+    ("off", "gpu", {"prompt_rows"}, "prompt_rows"),
+]
+
+
+def logits(folder: Path, prefetch: str, location: str, faults: Faults | None = None) -> torch.Tensor:
+    # No recent window: the token of one step may be selected, from the host, in the next.
+    changes: dict[str, Any] = {"prefetch": prefetch, "kv_location": location}
+    config = OffloadConfig(
+        max_context=1024, token_budget=24, sink_tokens=1, recent_tokens=0, hot_set=1, segment_tokens=64, **changes
+    )
+    with OffloadedGenerator.from_pretrained(str(folder), config=config, device="cuda") as gen:
+        gen._faults = faults
+        outs = gen.generate(random_prompts(300, 41), max_new_tokens=24, output_logits=True)
+    return torch.stack([out.logits for out in outs])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("streams")
+    save_tiny(folder, tiny_config("llama", num_hidden_layers=4))
+    return folder
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("location", ["host", "gpu"])
+@pytest.mark.parametrize("prefetch", ["exact", "speculative", "off"])
+def test_a_slow_producer_changes_nothing(folder: Path, prefetch: str, location: str) -> None:
+    expected = logits(folder, prefetch, location)
+    for producer in PRODUCERS:
+        slow = logits(folder, prefetch, location, Faults(delay={producer: SLOW}))
+        assert torch.equal(slow, expected), producer
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("prefetch", "location", "drop", "producer"), NEEDED)
+def test_an_event_taken_out_is_noticed(
+    folder: Path, prefetch: str, location: str, drop: set[str], producer: str
+) -> None:
+    expected = logits(folder, prefetch, location)
+    broken = logits(folder, prefetch, location, Faults(delay={producer: SLOW}, drop=frozenset(drop)))
+    assert not torch.equal(broken, expected)
+
+
+@pytest.mark.gpu
+def test_exact_off_and_gpu_are_identical_on_cuda(folder: Path) -> None:
+    expected = logits(folder, "exact", "host")
+    for prefetch, location in (("off", "host"), ("exact", "gpu"), ("off", "gpu")):
+        assert torch.equal(logits(folder, prefetch, location), expected), (prefetch, location)
+    assert torch.equal(logits(folder, "speculative", "host"), logits(folder, "speculative", "gpu"))
+
+
+def test_on_a_cpu_streams_run_in_order_and_hand_over_nothing() -> None:
+    streams = Streams(torch.device("cpu"), Faults(delay={"kv": SLOW}))
+    order = []
+    with streams.producing("kv", 0):
+        order.append("made")
+    with streams.on("writer"):
+        streams.wait("kv", 0)
+        order.append("read")
+    streams.join()
+    assert order == ["made", "read"]

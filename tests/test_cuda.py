@@ -1,0 +1,60 @@
+"""The runtime on CUDA: transformers' tokens, the plan's bytes, pinned memory that goes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ds_offload import OffloadConfig, OffloadedGenerator
+from ds_offload.errors import MemoryPlanError
+from tiny_models import greedy, random_prompts, save_tiny, tiny_config
+
+pytestmark = pytest.mark.gpu
+
+NEW = 16
+
+
+def make(folder: Path | str, load_format: str = "auto", **changes: Any) -> OffloadedGenerator:
+    config = OffloadConfig(**({"max_context": 4096, "sink_tokens": 2, "recent_tokens": 4} | changes))
+    return OffloadedGenerator.from_pretrained(str(folder), config=config, device="cuda", load_format=load_format)
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_heads"), [("llama", 4), ("llama", 2), ("llama", 1), ("mixtral", 2), ("qwen2", 2), ("qwen3", 2)]
+)
+def test_a_budget_of_the_whole_context_equals_transformers(family: str, kv_heads: int, tmp_path: Path) -> None:
+    model = save_tiny(tmp_path, tiny_config(family, kv_heads)).cuda()
+    prompts = random_prompts(150, 37, 201)
+    with make(tmp_path, token_budget="1/1", segment_tokens=64) as gen:
+        outs = gen.generate(prompts, max_new_tokens=NEW, output_logits=True)
+    for out, prompt in zip(outs, prompts, strict=True):
+        tokens, expected = greedy(model, prompt, NEW)
+        assert out.token_ids == tokens
+        torch.testing.assert_close(out.logits, expected.cpu(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_long_prompt_takes_memory_as_planned_and_gives_all_of_it_back(tmp_path: Path) -> None:
+    config = tiny_config(
+        "llama", hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_hidden_layers=6, head_dim=64
+    )
+    save_tiny(tmp_path, config, torch.bfloat16)
+    prompt = random_prompts(30_000)[0]
+    with make(tmp_path, max_context=40_000) as gen:
+        gen.generate(prompt[:100], max_new_tokens=2)
+        before = torch.cuda.memory_allocated()
+        stats = gen.generate(prompt, max_new_tokens=4).stats
+        assert stats["host_pinned_bytes"] >= 6 * 2 * 30_000 * 2 * 64 * 2
+        assert stats["gpu_peak_bytes"] == pytest.approx(stats["gpu_planned_bytes"], rel=0.1)
+        assert torch.cuda.memory_allocated() == before
+        with pytest.raises(MemoryPlanError, match="GPU memory"):
+            gen.config = type(gen.config)(**(gen.config.to_dict() | {"gpu_memory": "64MiB"}))
+            gen.generate(prompt, max_new_tokens=4)
+
+
+def test_dummy_weights_run_on_the_device() -> None:
+    with make("smollm2-135m", "dummy", max_context=2048) as gen:
+        out = gen.generate("A prompt of bytes. " * 40, max_new_tokens=8)
+        assert len(out.token_ids) == 8 and out.prompt_tokens == 760
+        assert next(gen.loaded.model.parameters()).device.type == "cuda"
