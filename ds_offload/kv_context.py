@@ -127,9 +127,11 @@ class KVContext:
 
     def close(self) -> None:
         """Wait for the device, then free everything on host and device."""
-        self._pool.close()
-        self.store.table.tensors.clear()
-        self._dense.clear()
+        try:
+            self._pool.close()
+        finally:
+            self.store.table.tensors.clear()
+            self._dense.clear()
 
     def reserve(self, sequence: int, tokens: int) -> None:
         """Make room for `tokens` tokens of `sequence`."""
@@ -160,13 +162,7 @@ class KVContext:
         """A decode step; `lengths` are the contexts' tokens with the current one."""
         for sequence, length in enumerate(lengths):
             self.reserve(sequence, length)
-        keep = [self._keep(length) for length in lengths]
-        step = Step(
-            lengths=torch.tensor(lengths, dtype=torch.int64, device=self._device),
-            keep=torch.tensor(keep, dtype=torch.int64, device=self._device),
-            most_kept=max(keep),
-            max_length=max(lengths),
-        )
+        step = Step.make(lengths, [self._keep(length) for length in lengths], self._device)
         self.scheduler.begin(step)
         return step
 

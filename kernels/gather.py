@@ -72,7 +72,8 @@ def gather_launch(rows: int, row_bytes: int) -> GatherLaunch:
 
     64 programs of 4 warps saturate a PCIe 5 x16 link (32 nearly do) and leave the other
     multiprocessors to the compute stream. A program has about 16 KiB in flight, so that
-    all of them cover the link's latency.
+    all of them cover the link's latency; entries that are skipped count as rows here, so
+    a list of mostly skipped entries runs well below the link's speed.
     """
     tile_rows = max(1, 16384 // (4 * power_of_two(row_bytes // 4)))
     return GatherLaunch(programs=min(64, -(-rows // tile_rows)), tile_rows=tile_rows, warps=4)
@@ -95,18 +96,18 @@ def row_address(
 
     Args:
         addresses: Pointer to int64 [B, segments], see `SegmentTable`.
-        b, h, token: Integers or integer tensors of one shape: sequence, KV head, token
-            number (below 2 ** 31).
+        b, h, token: Integer tensors of one shape: sequence, KV head, token number.
         live: bool of that shape; where it is false nothing is read and the result is 0.
     """
+    live = live & (token < segments * SEGMENT_TOKENS)
+    # A division in 32 bits is several times faster than in 64.
     token = tl.where(live, token, 0).to(tl.int32)
-    segment = token // SEGMENT_TOKENS
-    base = tl.load(addresses + b * segments + segment, mask=live & (segment < segments), other=0)
+    base = tl.load(addresses + b * segments + token // SEGMENT_TOKENS, mask=live, other=0)
     row = (h.to(tl.int64) + layer * heads) * SEGMENT_TOKENS + token % SEGMENT_TOKENS
     return tl.where(base != 0, base + row * ROW_BYTES, 0)
 
 
-@jit(do_not_specialize=["rows", "rows_per_program", "layer", "kept", "segments"])
+@jit(do_not_specialize=["rows", "rows_per_program", "layer", "kept", "segments", "capacity"])
 def _gather_kernel(
     addresses,
     tokens,
@@ -118,6 +119,7 @@ def _gather_kernel(
     heads,
     kept,
     segments,
+    capacity,
     stride_b,
     stride_h,
     stride_slot,
@@ -134,10 +136,11 @@ def _gather_kernel(
     while start < last:
         index = start + tl.arange(0, TILE_ROWS)
         token = tl.load(tokens + index, mask=index < last, other=-1)
-        slot = tl.load(slots + index, mask=index < last, other=0)
+        slot = tl.load(slots + index, mask=index < last, other=-1)
+        live = (token >= 0) & (slot >= 0) & (slot < capacity)
         b = index // kept // heads
         h = index // kept % heads
-        address = row_address(addresses, b, h, token, token >= 0, layer, heads, segments, SEGMENT_TOKENS, ROW_WORDS * 4)
+        address = row_address(addresses, b, h, token, live, layer, heads, segments, SEGMENT_TOKENS, ROW_WORDS * 4)
         copied = (address != 0)[:, None] & (word < ROW_WORDS)[None, :]
         source = address.to(tl.pointer_type(tl.int32))[:, None] + word[None, :]
         row = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + slot * stride_slot
@@ -175,24 +178,29 @@ def gather_rows(table: SegmentTable, layer: int, tokens: Tensor, slots: Tensor, 
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; on the CPU also a token that
-            has no segment. On CUDA, where checking would wait for the device, the slot
-            of such a token is not written.
+            has no segment, or a slot outside `out`. On CUDA, where checking would wait
+            for the device, such an entry is skipped.
     """
-    if not out.is_cuda:
-        return gather_rows_reference(table, layer, tokens, slots, out)
     _check_gather(table, layer, tokens, slots, out)
-    with launching(out.device, "gather_rows"):
-        _launch(table, layer, tokens, slots, out)
+    words = out.view(*out.shape[:3], 2 * out.shape[4]).view(torch.int32)
+    if out.is_cuda:
+        with launching(out.device, "gather_rows"):
+            _launch(table, layer, tokens, slots, words)
+        return out
+    # Loads Numba, which takes a second: at first use.
+    from ds_offload.kernels.gather_cpu import gather_by_address
+
+    missing = gather_by_address(table.addresses, tokens, slots, words, layer, table.segment_tokens)
+    if missing:
+        raise ValueError(f"{missing} tokens have no segment in the table or a slot beyond the {out.shape[2]} of out")
     return out
 
 
-def _launch(table: SegmentTable, layer: int, tokens: Tensor, slots: Tensor, out: Tensor) -> None:
+def _launch(table: SegmentTable, layer: int, tokens: Tensor, slots: Tensor, words: Tensor) -> None:
     rows = tokens.numel()
     if rows == 0:
         return
-    row_bytes = 2 * out.shape[4] * out.element_size()
-    launch = gather_launch(rows, row_bytes)
-    words = out.view(*out.shape[:3], 2 * out.shape[4]).view(torch.int32)
+    launch = gather_launch(rows, 4 * words.shape[3])
     _gather_kernel[(launch.programs,)](
         table.addresses,
         tokens.contiguous(),
@@ -201,15 +209,16 @@ def _launch(table: SegmentTable, layer: int, tokens: Tensor, slots: Tensor, out:
         rows,
         -(-rows // launch.programs),
         layer,
-        out.shape[1],
+        words.shape[1],
         tokens.shape[2],
         table.addresses.shape[1],
+        words.shape[2],
         words.stride(0),
         words.stride(1),
         words.stride(2),
         SEGMENT_TOKENS=table.segment_tokens,
-        ROW_WORDS=row_bytes // 4,
-        WORDS_PAD=power_of_two(row_bytes // 4),
+        ROW_WORDS=words.shape[3],
+        WORDS_PAD=power_of_two(words.shape[3]),
         TILE_ROWS=launch.tile_rows,
         ALIGNMENT=row_alignment(words),
         num_warps=launch.warps,

@@ -251,11 +251,18 @@ def decode_labels(rows: Tensor, layout: LabelLayout) -> Tensor:
         raise ValueError(f"rows {rows.dtype} {tuple(rows.shape)} must be uint8 [..., {layout.row_bytes}]")
     if layout.bits == 16:
         return rows.contiguous().view(torch.float16).to(torch.float32)
+    levels = torch.nn.functional.embedding(
+        rows[..., : layout.code_bytes].to(torch.int32), byte_levels(layout, rows.device)
+    )
+    return levels.flatten(-2)[..., : layout.channels] * decode_scales(rows[..., layout.code_bytes :])
+
+
+def byte_levels(layout: LabelLayout, device: torch.device | str = "cpu") -> Tensor:
+    """The levels in [-1, 1] that each byte of codes stands for: float32 [256, channels per byte]."""
     largest = 2**layout.bits - 1
-    shifts = torch.arange(0, 8, layout.bits, dtype=torch.uint8, device=rows.device)
-    codes = (rows[..., : layout.code_bytes, None] >> shifts) & largest
-    levels = codes.flatten(-2)[..., : layout.channels].to(torch.float32).mul_(2 / largest).sub_(1)
-    return levels.mul_(decode_scales(rows[..., layout.code_bytes :]))
+    shifts = torch.arange(0, 8, layout.bits, dtype=torch.uint8, device=device)
+    codes = (torch.arange(256, dtype=torch.uint8, device=device)[:, None] >> shifts) & largest
+    return codes.to(torch.float32).mul_(2).sub_(largest).div_(largest)
 
 
 def decode_scales(steps: Tensor) -> Tensor:

@@ -112,13 +112,20 @@ def label_scores(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    if not labels.is_cuda:
+    if not labels.is_cuda and layout.bits == 16:
         return label_scores_reference(labels, layout, query, starts, lengths, max_length, scaling, out)
     out = _checked_out(labels, layout, query, starts, lengths, max_length, out)
-    if labels.stride(2) != 1 or labels.stride(1) != layout.row_bytes:
-        raise ValueError(f"labels with strides {labels.stride()} must have the rows of a head side by side")
-    with launching(labels.device, "label_scores"):
-        _launch(labels, layout, query, starts, lengths, max_length, scaling, out)
+    if labels.is_cuda:
+        if labels.stride(2) != 1 or labels.stride(1) != layout.row_bytes:
+            raise ValueError(f"labels with strides {labels.stride()} must have the rows of a head side by side")
+        with launching(labels.device, "label_scores"):
+            _launch(labels, layout, query, starts, lengths, max_length, scaling, out)
+        return out
+    # Loads Numba, which takes a second: at first use.
+    from ds_offload.kernels.label_scores_cpu import scores_from_bytes
+
+    _check_rows(labels, starts, lengths, max_length)
+    scores_from_bytes(labels, layout, query, starts, lengths, scaling, out)
     return out
 
 
@@ -173,12 +180,8 @@ def label_scores_reference(
 ) -> Tensor:
     """`label_scores` in torch: decode, then one product per sequence. Waits for the device."""
     out = _checked_out(labels, layout, query, starts, lengths, max_length, out)
-    kv_heads, capacity = labels.shape[:2]
-    for b, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
-        if start < 0 or not 0 <= length <= max_length or start + length > capacity:
-            raise ValueError(
-                f"sequence {b}: rows {start} to {start + length} do not fit {capacity} rows and max_length={max_length}"
-            )
+    kv_heads = labels.shape[0]
+    for b, (start, length) in enumerate(_check_rows(labels, starts, lengths, max_length)):
         grouped = query[b].unflatten(0, (kv_heads, -1)) * scaling
         scores = out[b].unflatten(0, (kv_heads, -1))
         for first in range(0, length, REFERENCE_BLOCK):
@@ -187,6 +190,18 @@ def label_scores_reference(
             scores[..., first:last] = grouped @ decoded.mT
         scores[..., length:] = -torch.inf
     return out
+
+
+def _check_rows(labels: Tensor, starts: Tensor, lengths: Tensor, max_length: int) -> list[tuple[int, int]]:
+    """(start, length) of every sequence, each within the label cache. Waits for the device."""
+    ranges = list(zip(starts.tolist(), lengths.tolist(), strict=True))
+    for b, (start, length) in enumerate(ranges):
+        if start < 0 or not 0 <= length <= max_length or start + length > labels.shape[1]:
+            raise ValueError(
+                f"sequence {b}: rows {start} to {start + length} do not fit the cache's {labels.shape[1]} rows "
+                f"and max_length={max_length}"
+            )
+    return ranges
 
 
 def _checked_out(

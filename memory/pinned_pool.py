@@ -71,12 +71,14 @@ class PinnedPool:
 
     def close(self) -> None:
         """Unregister and forget every block. The mapping goes with the last tensor over it."""
-        if self._pin and self._blocks:
-            torch.cuda.synchronize()
-        while self._blocks:
-            address, _, _ = self._blocks.pop()
-            if self._pin:
-                torch.cuda.cudart().cudaHostUnregister(address)
+        try:
+            if self._pin and self._blocks:
+                torch.cuda.synchronize()
+        finally:
+            while self._blocks:
+                address, _, _ = self._blocks.pop()
+                if self._pin:
+                    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _touch(address: int, size: int) -> None:

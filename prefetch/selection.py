@@ -16,20 +16,24 @@ class Step:
 
     Attributes:
         lengths: Tokens of each context, the current one included, `[B]` int64 on the device.
+        positions: Position of each current token, `lengths - 1`; made with the step, so
+            that it stands behind no event another stream waits for.
         keep: Candidates each sequence keeps at most, `[B]` int64 on the device.
         most_kept: The largest entry of `keep`.
         max_length: The largest entry of `lengths`.
     """
 
     lengths: Tensor
+    positions: Tensor
     keep: Tensor
     most_kept: int
     max_length: int
 
-    @property
-    def positions(self) -> Tensor:
-        """Position of the current token, `[B]` int64."""
-        return self.lengths - 1
+    @classmethod
+    def make(cls, lengths: list[int], keep: list[int], device: torch.device) -> Step:
+        """The step of contexts of `lengths` tokens that keep `keep` candidates each."""
+        on_device = torch.tensor([lengths, [n - 1 for n in lengths], keep], dtype=torch.int64, device=device)
+        return cls(on_device[0], on_device[1], on_device[2], max(keep), max(lengths))
 
 
 def top_tokens(scores: Tensor, count: int) -> Tensor:

@@ -7,5 +7,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 install_project ""
 set -- --prompt-file ds_offload/data/jargon_file.txt --question "In which year was the Jargon File begun?" \
     --max-new-tokens 64 "$@"
-say "==> ds-offload run$(printf ' %q' "$@")"
+command="ds-offload run"
+for word in "$@"; do
+    case $word in
+        *[!A-Za-z0-9_./:=-]*) command+=" ${word@Q}" ;;
+        *) command+=" $word" ;;
+    esac
+done
+say "==> $command"
 exec "$VENV/bin/python" -m ds_offload run "$@"

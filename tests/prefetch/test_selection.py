@@ -24,7 +24,7 @@ def make_labels(lengths: list[int], kv_heads: int, seed: int = 0) -> tuple[Label
 
 
 def make_step(lengths: list[int], keep: list[int]) -> Step:
-    return Step(torch.tensor(lengths), torch.tensor(keep), max(keep), max(lengths))
+    return Step.make(lengths, keep, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("groups", [1, 3])
