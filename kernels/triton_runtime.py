@@ -7,7 +7,7 @@ Triton exists; only launching one needs it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ jit: Any
 tl: Any
 try:
     import triton
-    import triton.language as tl
+    import triton.language
 
-    jit = triton.jit
+    jit, tl = triton.jit, triton.language
     HAS_TRITON = True
 except ImportError:
     HAS_TRITON = False
@@ -30,7 +30,7 @@ except ImportError:
 
 
 @contextlib.contextmanager
-def launching(device: torch.device, kernel: str) -> Any:
+def launching(device: torch.device, kernel: str) -> Iterator[None]:
     """Context for the launch of `kernel` on a CUDA device.
 
     Raises:
