@@ -33,6 +33,9 @@ CHUNK_ELEMENTS = 1 << 24
 class LabelLayout:
     """How one token's label is stored.
 
+    CUDA kernels read rows of a multiple of 4, 8 or 16 bytes in words of that size; other
+    rows byte by byte, several times slower.
+
     Attributes:
         channels: R, kept channels per KV head, at least 1.
         bits: Bits per channel: 16 (float16), 8, 4 or 2.
@@ -106,7 +109,7 @@ def arrange_query(query: Tensor, layout: LabelLayout, tile: int, scaling: float)
     _arrange_query_kernel[(query.shape[0] * query.shape[1],)](
         query,
         out,
-        scaling if layout.bits == 16 else scaling * 2 / (2**layout.bits - 1),
+        float(scaling) if layout.bits == 16 else scaling * 2 / (2**layout.bits - 1),
         R=layout.channels,
         BITS=layout.bits,
         PER=per_byte,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ def scores_launch(layout: LabelLayout, group: int) -> ScoresLaunch:
     return ScoresLaunch(heads, block=(4096 if heads <= 4 else 2048) // max(4, tile), tile=tile, warps=4)
 
 
-@jit(do_not_specialize=["max_length"])
+@jit(do_not_specialize=["labels", "head_stride", "max_length"])
 def _label_scores_kernel(
     labels,
     query,
@@ -56,6 +57,7 @@ def _label_scores_kernel(
     R: tl.constexpr,
     BITS: tl.constexpr,
     ROW_BYTES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     QUERY_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_PAD: tl.constexpr,
@@ -72,6 +74,7 @@ def _label_scores_kernel(
     scores = tl.full([BLOCK, HEADS_PAD], float("-inf"), tl.float32)
     if first < length:
         rows = labels + (pair % kv_heads) * head_stride + (start + token) * ROW_BYTES
+        rows = tl.multiple_of(rows, ALIGNMENT)
         dots = label_dots(rows, live, query + head * QUERY_SIZE, R, BITS, ROW_BYTES, HEADS, HEADS_PAD, TILE, BLOCK)
         scores = tl.where(live[:, None], dots, float("-inf"))
     column = tl.arange(0, HEADS_PAD)
@@ -158,6 +161,7 @@ def _launch(
         R=layout.channels,
         BITS=layout.bits,
         ROW_BYTES=layout.row_bytes,
+        ALIGNMENT=math.gcd(16, labels.data_ptr(), labels.stride(0), layout.row_bytes),
         QUERY_SIZE=arranged[0, 0].numel(),
         HEADS=launch.heads,
         HEADS_PAD=power_of_two(launch.heads),
