@@ -32,6 +32,8 @@ class DecoderStack:
         heads, kv_heads, head_dim, hidden_size, intermediate_size: The model's shape.
         scaling: Factor of the attention scores, 1/sqrt(head_dim).
         device, dtype: Where and as what the weights are.
+        capturable: Whether a CUDA graph can hold a layer: a mixture of experts decides on
+            the host which experts to run.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -41,6 +43,7 @@ class DecoderStack:
         attention = self._layers[0].self_attn
         self._apply_rope: Callable[..., Rope] = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         self.layers = len(self._layers)
+        self.capturable = not hasattr(self._layers[0].mlp, "experts")
         self.head_dim: int = attention.head_dim
         self.heads: int = attention.q_proj.out_features // self.head_dim
         self.kv_heads: int = attention.k_proj.out_features // self.head_dim

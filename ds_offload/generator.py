@@ -11,19 +11,17 @@ from torch import Tensor
 
 from ds_offload.calibration import Calibration, find_or_make_calibration
 from ds_offload.config import OffloadConfig
-from ds_offload.decode import decode_step
+from ds_offload.decode import DecodeLoop
 from ds_offload.decoder import DecoderStack
-from ds_offload.devices import resolve_device
-from ds_offload.dtypes import dtype_name
 from ds_offload.errors import InputError
-from ds_offload.families import check_supported, describe_rope
 from ds_offload.kv_context import KVContext
-from ds_offload.loading import LoadedModel, find_model, load_weights
-from ds_offload.memory_check import check_request, check_weights
+from ds_offload.loading import LoadedModel
+from ds_offload.memory_check import check_request
 from ds_offload.notices import notice
 from ds_offload.prefetch.streams import Faults
 from ds_offload.prefill import ProgressCallback, prefill
-from ds_offload.prompts import encode_prompt, is_batch
+from ds_offload.preparation import PreparedModel, encode_checked
+from ds_offload.prompts import is_batch
 from ds_offload.sampling import Sampler, SamplingParams
 from ds_offload.statistics import RunStatistics
 from ds_offload.text_stream import TextStream
@@ -137,24 +135,15 @@ class OffloadedGenerator:
         Raises:
             InputError: Something given is wrong, not supported, or does not fit.
         """
-        config = config if config is not None else OffloadConfig()
-        target = resolve_device(device)
-        source = find_model(name, load_format=load_format, dtype=dtype, rope_scaling=rope_scaling)
-        resolved = config.resolve(
-            head_dim=source.shape.head_dim,
-            layers=source.shape.layers,
-            trained_context=source.shape.trained_context,
-            kv_dtype=dtype_name(source.dtype),
+        return cls.from_prepared(
+            PreparedModel.find(name, config or OffloadConfig(), load_format, device, dtype, rope_scaling)
         )
-        assert isinstance(resolved.max_context, int)
-        check_supported(source.config, resolved.max_context)
-        check_weights(source, resolved, target)
-        generator = cls(load_weights(source, target), resolved)
-        if device == "auto" and target.type == "cpu":
-            generator._announcements.append("no CUDA device found: running on the CPU")
-        scaling = describe_rope(source.config, resolved.max_context)
-        if scaling is not None:
-            generator._announcements.append(scaling)
+
+    @classmethod
+    def from_prepared(cls, prepared: PreparedModel) -> OffloadedGenerator:
+        """Load the weights of a model that was found and checked."""
+        generator = cls(prepared.load(), prepared.config)
+        generator._announcements.extend(prepared.announcements)
         return generator
 
     @property
@@ -231,16 +220,11 @@ class OffloadedGenerator:
     def _sequences(self, prompts: list[Any], params: SamplingParams) -> list[_Sequence]:
         if not prompts:
             raise InputError("the batch is empty; give at least one prompt")
-        shape, room = self.loaded.source.shape, self.config.max_context
+        room = self.config.max_context
         assert isinstance(room, int) and isinstance(params.max_new_tokens, int)
         sequences = []
         for prompt in prompts:
-            ids = encode_prompt(prompt, self.tokenizer, shape.vocab_size)
-            if len(ids) >= room:
-                raise InputError(
-                    f"the prompt has {len(ids):,} tokens and max_context={room:,} leaves no room for an answer; "
-                    "shorten the prompt or raise max_context (--ctx)"
-                )
+            ids = encode_checked(prompt, self.tokenizer, self.loaded.source, self.config)
             limit = min(params.max_new_tokens, room - len(ids))
             if limit < params.max_new_tokens:
                 notice(f"max_context={room:,} leaves room for {limit:,} new tokens, not {params.max_new_tokens:,}")
@@ -271,12 +255,13 @@ class OffloadedGenerator:
                 pieces.append(sequence.take(logits, keep_logits))
             statistics.prefilled()
             yield pieces
+            loop = DecodeLoop(self.decoder, context)
             longest = max(sequence.limit for sequence in sequences)
             while any(sequence.finish_reason is None for sequence in sequences):
                 # A finished sequence repeats its last step: it writes the same row at the same place.
                 tokens = [sequence.tokens[-1] for sequence in sequences]
                 lengths = [sequence.length for sequence in sequences]
-                logits = decode_step(self.decoder, context, tokens, lengths)
+                logits = loop.step(tokens, lengths)
                 running = [n for n, sequence in enumerate(sequences) if sequence.finish_reason is None]
                 pieces = [""] * len(sequences)
                 for n in running:
@@ -285,4 +270,4 @@ class OffloadedGenerator:
                 if on_progress is not None:
                     on_progress("decode", max(len(sequence.tokens) for sequence in sequences), longest)
                 yield pieces
-            statistics.finish(context)
+            statistics.finish(context, loop.capture_s)

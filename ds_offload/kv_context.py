@@ -80,7 +80,6 @@ class KVContext:
             capacities,
             decoder.device,
         )
-        most_kept = max(self._keep(capacity) for capacity in capacities)
         self.hot_set: HotSet | None = None
         if config.kv_location == "host":
             self.hot_set = HotSet(
@@ -88,7 +87,7 @@ class KVContext:
                 layers=offloaded,
                 sequences=sequences,
                 window=self.window,
-                capacity=hot_set_capacity(config.hot_set, most_kept, longest, self.window),
+                capacity=hot_set_capacity(config.hot_set, self.most_kept, longest, self.window),
                 **heads,
             )
         selector = Selector(self.labels, self.window, decoder.scaling, config.budget.top_p)
@@ -101,7 +100,7 @@ class KVContext:
             streams=self.streams,
             layers=decoder.layers,
             sequences=sequences,
-            buffer_tokens=self.window.forced_slots + most_kept,
+            buffer_tokens=self.window.forced_slots + self.most_kept,
             **heads,
         )
         # The new token's K/V of every layer: the writer reads them after the layer has gone on.
@@ -158,13 +157,19 @@ class KVContext:
                 self.store.write_prompt(layer, sequence, 0, rows)
                 self.labels.write_prompt(layer, sequence, 0, rows[:, :, 0])
 
-    def begin_step(self, lengths: list[int]) -> Step:
-        """A decode step; `lengths` are the contexts' tokens with the current one."""
-        for sequence, length in enumerate(lengths):
-            self.reserve(sequence, length)
-        step = Step.make(lengths, [self._keep(length) for length in lengths], self._device)
-        self.scheduler.begin(step)
-        return step
+    def keep(self, lengths: list[int]) -> list[int]:
+        """Candidates that contexts of `lengths` tokens keep at most."""
+        return [self._keep(length) for length in lengths]
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of any sequence."""
+        return max(self._capacities)
+
+    @property
+    def most_kept(self) -> int:
+        """Most candidates any sequence ever keeps."""
+        return max(self.keep(self._capacities))
 
     def append(self, layer: int, key: Tensor, value: Tensor, step: Step) -> None:
         """Take the current token's K and V `[B, Hkv, D]`: into the window now, into store and labels behind it."""
@@ -190,12 +195,11 @@ class KVContext:
             with streams.producing("label_append", layer):
                 self.labels.append(layer, positions, rows[:, :, 0])
 
-    def attend(self, layer: int, query: Tensor, lengths: list[int]) -> Tensor:
+    def attend(self, layer: int, query: Tensor, step: Step) -> Tensor:
         """Attention `[B, H, D]` of the current token's query `[B, H, D]` over what its layer keeps."""
         if layer in self._dense_layers:
-            return torch.cat(
-                [self._attend_dense(layer, n, query[n : n + 1], length) for n, length in enumerate(lengths)]
-            )
+            each = [self._attend_dense(layer, n, query[n : n + 1], step) for n in range(len(query))]
+            return torch.cat(each)
         rows, valid = self.scheduler.rows(layer, query)
         out = sparse_attention(query, rows, valid, self._scaling)
         self.scheduler.release(layer)
@@ -208,6 +212,8 @@ class KVContext:
     def _keep(self, length: int) -> int:
         return self.window.selected(self._budget.tokens(length), length)
 
-    def _attend_dense(self, layer: int, sequence: int, query: Tensor, length: int) -> Tensor:
-        rows = self._dense[sequence].rows(layer, 0, length)[None]
-        return sparse_attention(query, rows, rows.new_ones(rows.shape[:3], dtype=torch.bool), self._scaling)
+    def _attend_dense(self, layer: int, sequence: int, query: Tensor, step: Step) -> Tensor:
+        longest = min(step.max_length, self._capacities[sequence])
+        rows = self._dense[sequence].rows(layer, 0, longest)[None]
+        valid = torch.arange(longest, device=rows.device) < step.lengths[sequence]
+        return sparse_attention(query, rows, valid.expand(rows.shape[:3]), self._scaling)

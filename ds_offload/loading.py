@@ -18,6 +18,7 @@ from ds_offload.aliases import ALIASES, DEFAULT_MODEL
 from ds_offload.byte_tokenizer import BYTES, ByteTokenizer
 from ds_offload.checkpoint_folder import one_line, read_config, read_tokenizer, stored_dtype, weight_files
 from ds_offload.default_model import default_model_folder
+from ds_offload.dtypes import DTYPES
 from ds_offload.dummy_weights import build_dummy
 from ds_offload.errors import InputError, LoadError
 from ds_offload.families import check_family
@@ -27,8 +28,6 @@ from ds_offload.hub import THREE_WAYS, hub_folder, is_hub_id
 from ds_offload.model_shape import ModelShape
 from ds_offload.notices import warn
 from ds_offload.rope_scaling import apply_rope_scaling
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -251,13 +250,17 @@ def _checkpoint_folder(source: ModelSource) -> Path:
     return folder if folder.is_dir() else hub_folder(source.location, name=source.name, weights=True)
 
 
-def load_weights(source: ModelSource, device: torch.device) -> LoadedModel:
+def load_weights(
+    source: ModelSource, device: torch.device, tokenizer: PreTrainedTokenizerBase | ByteTokenizer | None = None
+) -> LoadedModel:
     """Load a found model's weights onto `device`, read from safetensors or GGUF, or made up for dummy.
+
+    `tokenizer` is the source's own if it was loaded before, and loaded here otherwise.
 
     Raises:
         LoadError: Weights or a tokenizer that are missing, truncated or of another model.
     """
-    tokenizer = load_tokenizer(source)
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(source)
     with _quiet_transformers():
         if source.load_format == "dummy":
             model = build_dummy(source.config, source.dtype, device)

@@ -67,9 +67,7 @@ def check_weights(source: ModelSource, config: OffloadConfig, device: torch.devi
         _compare("host", weights, _host_limit(config), "the weights", "host_memory")
 
 
-def check_request(
-    loaded: LoadedModel, config: OffloadConfig, prompts: list[int], capacities: list[int]
-) -> MemoryPlan:
+def check_request(loaded: LoadedModel, config: OffloadConfig, prompts: list[int], capacities: list[int]) -> MemoryPlan:
     """The plan of a call, refused if its caches do not fit, the weights being loaded already.
 
     Raises:

@@ -51,12 +51,13 @@ class RunStatistics:
         # Sampling has read the step's logits, so the device is done with it.
         self._decode_s = time.perf_counter() - self._started
 
-    def finish(self, context: KVContext) -> None:
-        """The last token is there and the context still is."""
+    def finish(self, context: KVContext, capture_s: float | None) -> None:
+        """The last token is there and the context still is; `capture_s` is what the CUDA graph took."""
         traffic = context.scheduler.traffic()
         steps = self._steps
         self._figures |= {
             "decode_ms_per_token": 1000 * self._decode_s / steps if steps else None,
+            "graph_capture_s": capture_s,
             "h2d_bytes_per_token": traffic.moved * context.store.row_bytes // (steps * self._sequences) if steps else 0,
             "hot_set_hit_rate": traffic.old / traffic.selected if context.hot_set and traffic.selected else None,
             "prefetch_recall": traffic.recalled / traffic.predicted if traffic.predicted else None,

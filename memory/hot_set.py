@@ -74,18 +74,13 @@ class HotSet:
         self._token = {n: torch.full((*heads, capacity + 1), -1, dtype=torch.int64, device=device) for n in layers}
         self._stamp = {n: torch.zeros(*heads, capacity + 1, dtype=torch.int32, device=device) for n in layers}
         self._arrived = {n: torch.zeros(*heads, capacity + 1, dtype=torch.int32, device=device) for n in layers}
-        self._clock = 0
-        self._step_began = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device, bookkeeping included."""
-        tables = (self._rows, self._token, self._stamp, self._arrived)
-        return sum(tensor.nbytes for table in tables for tensor in table.values())
+        # Device counters, one a layer: a captured step advances them, and two streams never share one.
+        self._clock = torch.zeros(max(layers, default=0) + 1, dtype=torch.int32, device=device)
+        self._began = torch.zeros_like(self._clock)
 
     def begin_step(self) -> None:
         """A new token: rows admitted before count as old from here on."""
-        self._step_began = self._clock + 1
+        torch.add(self._clock, 1, out=self._began)
 
     def fill_window(self, layer: int, sequence: int, rows: Tensor) -> None:
         """Take sinks and recent window from a prompt's rows `[Hkv, T, 2, D]`."""
@@ -110,14 +105,15 @@ class HotSet:
         """Bring `tokens` `[B, Hkv, K]` (distinct, -1 for padding) on the device; runs on the current stream."""
         capacity, offset = self._capacity, self._window.forced_slots
         token, stamp, arrived = self._token[layer], self._stamp[layer], self._arrived[layer]
-        self._clock += 1
+        clock = self._clock[layer].add_(1)
         wanted = tokens >= 0
 
         held, by_token = token[..., :capacity].sort(-1)
         place = torch.searchsorted(held, tokens.contiguous()).clamp(max=capacity - 1)
         hit = (held.gather(-1, place) == tokens) & wanted
         hit_slot = by_token.gather(-1, place)
-        stamp.scatter_(-1, torch.where(hit, hit_slot, capacity), self._clock)
+        now = clock.expand(tokens.shape)
+        stamp.scatter_(-1, torch.where(hit, hit_slot, capacity), now)
 
         oldest = stamp[..., :capacity].argsort(dim=-1, stable=True)
         miss = wanted & ~hit
@@ -125,13 +121,13 @@ class HotSet:
         slot = torch.where(hit, hit_slot, oldest.gather(-1, rank))
         new_slot = torch.where(miss, slot, capacity)
         token.scatter_(-1, new_slot, tokens)
-        stamp.scatter_(-1, new_slot, self._clock)
-        arrived.scatter_(-1, new_slot, self._clock)
+        stamp.scatter_(-1, new_slot, now)
+        arrived.scatter_(-1, new_slot, now)
         stamp[..., capacity] = _NEVER
 
         slots = torch.where(wanted, slot + offset, 0)
         self._store.gather(layer, torch.where(miss, tokens, -1), slots, self._rows[layer])
-        old = hit & (arrived.gather(-1, torch.where(hit, slot, capacity)) < self._step_began)
+        old = hit & (arrived.gather(-1, torch.where(hit, slot, capacity)) < self._began[layer])
         return Admission(tokens, slots, miss.sum(), old.sum())
 
     def pack(self, layer: int, slots: Tensor, out: Tensor) -> None:

@@ -90,11 +90,6 @@ class PrefetchScheduler:
         self._started: dict[int, tuple[Tensor, Admission | None]] = {}
         self._step: Step | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the two buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers)
-
     def begin(self, step: Step) -> None:
         """A new step: its lengths and budgets hold for every layer."""
         self._step = step

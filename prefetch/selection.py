@@ -19,8 +19,8 @@ class Step:
         positions: Position of each current token, `lengths - 1`; made with the step, so
             that it stands behind no event another stream waits for.
         keep: Candidates each sequence keeps at most, `[B]` int64 on the device.
-        most_kept: The largest entry of `keep`.
-        max_length: The largest entry of `lengths`.
+        most_kept: At least every entry of `keep`: the width of a selection.
+        max_length: At least every entry of `lengths`: the width of the scores.
     """
 
     lengths: Tensor
@@ -31,7 +31,7 @@ class Step:
 
     @classmethod
     def make(cls, lengths: list[int], keep: list[int], device: torch.device) -> Step:
-        """The step of contexts of `lengths` tokens that keep `keep` candidates each."""
+        """A step just wide enough for contexts of `lengths` tokens that keep `keep` candidates each."""
         on_device = torch.tensor([lengths, [n - 1 for n in lengths], keep], dtype=torch.int64, device=device)
         return cls(on_device[0], on_device[1], on_device[2], max(keep), max(lengths))
 

@@ -88,8 +88,23 @@ class Streams:
             tensor.record_stream(self._streams[name])
         return tensor
 
-    def join(self) -> None:
-        """Make the compute stream wait for everything the others were given."""
-        if self._cuda:
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Inside a graph capture: compute is the capturing stream, and the others fork from it and join it.
+
+        Work before the capture is waited for here, since a graph cannot wait for events
+        outside it; a replay begins behind everything in front of it on its stream.
+        """
+        outside = self._streams["compute"]
+        self._streams["compute"] = torch.cuda.current_stream(outside.device)
+        self._events.clear()
+        try:
+            yield
             for name in ("prefetch", "writer"):
-                self._streams["compute"].wait_stream(self._streams[name])
+                with torch.cuda.stream(self._streams[name]):
+                    forked = torch.cuda.is_current_stream_capturing()
+                if forked:
+                    self._streams["compute"].wait_stream(self._streams[name])
+        finally:
+            self._streams["compute"] = outside
+            self._events.clear()

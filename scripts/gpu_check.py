@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+
 from ds_offload.loading import find_model, load_tokenizer
 
 NEW_TOKENS = 32

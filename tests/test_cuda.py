@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import greedy, random_prompts, save_tiny, tiny_config
+
 from ds_offload import OffloadConfig, OffloadedGenerator
 from ds_offload.errors import MemoryPlanError
-from tiny_models import greedy, random_prompts, save_tiny, tiny_config
 
 pytestmark = pytest.mark.gpu
 

@@ -19,7 +19,8 @@ FAMILIES = [
     ("llama", 4, {}),
     ("llama", 2, {}),
     ("llama", 1, {}),
-    ("llama", 2, {"hidden_size": 96, "num_attention_heads": 6, "head_dim": 24, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+    ("llama", 2, {"hidden_size": 96, "num_attention_heads": 6, "head_dim": 24}),
+    ("llama", 2, {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
     ("llama", 2, {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
     (
         "llama",

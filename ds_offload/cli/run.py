@@ -49,9 +49,14 @@ def run(
     check_sampling(sampling)
 
     from ds_offload.generator import OffloadedGenerator
+    from ds_offload.preparation import PreparedModel
 
-    with OffloadedGenerator.from_pretrained(**dataclasses.asdict(model), config=config) as generator:
-        answer(generator, build_prompt(text, question, chat, generator.tokenizer), sampling, as_json)
+    prepared = PreparedModel.find(**dataclasses.asdict(model), config=config)
+    ids = prepared.encode(build_prompt(text, question, chat, prepared.tokenizer))
+    if sampling.get("stop") and prepared.tokenizer is None:
+        raise InputError("--stop needs a tokenizer, and this model's folder has none; leave --stop out")
+    with OffloadedGenerator.from_prepared(prepared) as generator:
+        answer(generator, ids, sampling, as_json)
 
 
 def check_sampling(sampling: dict[str, Any]) -> SamplingParams:

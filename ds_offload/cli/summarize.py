@@ -39,20 +39,23 @@ def summarize(
     assert isinstance(longest, int)
 
     from ds_offload.generator import OffloadedGenerator
+    from ds_offload.preparation import PreparedModel
 
-    with OffloadedGenerator.from_pretrained(**dataclasses.asdict(model), config=config) as generator:
-        room = generator.config.max_context
-        assert isinstance(room, int)
-        prompt = summary_prompt(documents, count, generator.tokenizer)
-        check_summary_fits(
-            documents,
-            prompt,
-            generator.tokenizer,
-            max_new_tokens=longest,
-            max_context=room,
-            trained_context=generator.loaded.source.shape.trained_context,
-        )
-        answer(generator, prompt, sampling, as_json)
+    prepared = PreparedModel.find(**dataclasses.asdict(model), config=config)
+    room = prepared.config.max_context
+    assert isinstance(room, int)
+    prompt = summary_prompt(documents, count, prepared.tokenizer)
+    check_summary_fits(
+        documents,
+        prompt,
+        prepared.tokenizer,
+        max_new_tokens=longest,
+        max_context=room,
+        trained_context=prepared.source.shape.trained_context,
+    )
+    ids = prepared.encode(prompt)
+    with OffloadedGenerator.from_prepared(prepared) as generator:
+        answer(generator, ids, sampling, as_json)
 
 
 def read_documents(files: list[str]) -> dict[str, str]:

@@ -1,0 +1,93 @@
+"""A model found, checked and planned for, before its weights load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_offload.config import OffloadConfig
+from ds_offload.devices import resolve_device
+from ds_offload.dtypes import dtype_name
+from ds_offload.errors import InputError, LoadError
+from ds_offload.families import check_supported, describe_rope
+from ds_offload.loading import LoadedModel, ModelSource, find_model, load_tokenizer, load_weights
+from ds_offload.memory_check import check_weights
+from ds_offload.prompts import encode_prompt
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """Everything about a model that can be known and refused without its weights.
+
+    Attributes:
+        source: Where it comes from, its config and shape.
+        config: The user's configuration with everything the model decides filled in.
+        device: Where it will run.
+        tokenizer: None where the checkpoint has none.
+        announcements: What a user must know of the choices made, a line each; to be
+            said once the first prompt has passed its checks.
+    """
+
+    source: ModelSource
+    config: OffloadConfig
+    device: torch.device
+    tokenizer: Any
+    announcements: tuple[str, ...]
+
+    @classmethod
+    def find(
+        cls, name: str, config: OffloadConfig, load_format: str, device: str, dtype: str, rope_scaling: str | None
+    ) -> PreparedModel:
+        """Find a model and check all that was asked for; see `OffloadedGenerator.from_pretrained`.
+
+        Raises:
+            InputError: Something given is wrong, not supported, or does not fit.
+        """
+        if config.calibration is not None and not Path(config.calibration).is_file():
+            raise LoadError(
+                f"calibration {config.calibration} is no file; make one with `ds-offload calibrate --out FILE`, "
+                "or leave it out"
+            )
+        target = resolve_device(device)
+        source = find_model(name, load_format=load_format, dtype=dtype, rope_scaling=rope_scaling)
+        resolved = config.resolve(
+            head_dim=source.shape.head_dim,
+            layers=source.shape.layers,
+            trained_context=source.shape.trained_context,
+            kv_dtype=dtype_name(source.dtype),
+        )
+        assert isinstance(resolved.max_context, int)
+        check_supported(source.config, resolved.max_context)
+        check_weights(source, resolved, target)
+        lines = [describe_rope(source.config, resolved.max_context)]
+        if device == "auto" and target.type == "cpu":
+            lines.insert(0, "no CUDA device found: running on the CPU")
+        return cls(source, resolved, target, load_tokenizer(source), tuple(line for line in lines if line is not None))
+
+    def encode(self, prompt: Any) -> list[int]:
+        """Token ids of one prompt.
+
+        Raises:
+            InputError: It is empty, of no kind that is known, or leaves no room for an answer.
+        """
+        return encode_checked(prompt, self.tokenizer, self.source, self.config)
+
+    def load(self) -> LoadedModel:
+        """Load the weights."""
+        return load_weights(self.source, self.device, self.tokenizer)
+
+
+def encode_checked(prompt: Any, tokenizer: Any, source: ModelSource, config: OffloadConfig) -> list[int]:
+    """Token ids of one prompt; see `PreparedModel.encode`."""
+    room = config.max_context
+    assert isinstance(room, int), "the config is resolved"
+    ids = encode_prompt(prompt, tokenizer, source.shape.vocab_size)
+    if len(ids) >= room:
+        raise InputError(
+            f"the prompt has {len(ids):,} tokens and max_context={room:,} leaves no room for an answer; "
+            "shorten the prompt or raise max_context (--ctx)"
+        )
+    return ids
