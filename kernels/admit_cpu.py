@@ -5,8 +5,6 @@ Import this module at first use: it loads Numba.
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import numpy as np
 from ds_offload.kernels.admit_state import EMPTY, AdmitResult, AdmitState
 from ds_offload.kernels.numba_runtime import compiled, run_split
@@ -117,13 +115,16 @@ def admit_in_place(state: AdmitState, tokens: Tensor, clock: int, began: int, re
     rows = result.moved.numel()
     if rows == 0:
         return -1
-    chosen = tokens.contiguous().view(rows, tokens.shape[2]).numpy()
+    # Views made by NumPy: torch's cost several times more, and a call spends most of its time on them.
+    shape = (rows, tokens.shape[2])
+    chosen = tokens.contiguous().numpy().reshape(shape)
     disordered = int(_disordered_row(chosen, EMPTY))
     if disordered >= 0:
         return disordered
-    table = [getattr(state, field.name).view(rows, -1).numpy() for field in fields(state)]
-    places = [value.view(chosen.shape).numpy() for value in (result.slots, result.missing)]
-    counts = [value.view(rows).numpy() for value in (result.moved, result.old)]
+    held = (state.tokens, state.token_slots, state.order, state.selected, state.arrived)
+    table = [value.numpy().reshape(rows, -1) for value in held]
+    places = [value.numpy().reshape(shape) for value in (result.slots, result.missing)]
+    counts = [value.numpy().reshape(rows) for value in (result.moved, result.old)]
 
     def part(first: int, last: int) -> None:
         _admit_rows(*table, chosen, clock, began, *places, *counts, EMPTY, first, last)
