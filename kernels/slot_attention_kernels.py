@@ -1,0 +1,177 @@
+"""The Triton kernels of slot attention: splits of the slots list side by side, then their sum.
+
+The first kernel, one of two, leaves for every head and split the largest score `peak`
+and the sum `total` of the weights in `stats` float32 [B * H, splits, 2], and the
+weighted sum of V in `partial` float32 [B * H, splits, D]. Scores are in powers of two:
+`scale` is the scaling times log2(e).
+"""
+
+from __future__ import annotations
+
+from ds_offload.kernels.triton_runtime import jit, tl
+
+
+@jit
+def slot_tile(slots, index, count, capacity):
+    """Entries `index` of a slots list: int64 slots, and whether each names a row."""
+    listed = index < count
+    slot = tl.load(slots + index, mask=listed, other=0)
+    return slot, listed & (slot >= 0) & (slot < capacity)
+
+
+@jit
+def row_tile(rows, slot, live, channel, row_stride, HALF: tl.constexpr, D: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """K (HALF 0) or V (HALF 1) of the rows at `slot` [N], as [N, channels]: 0 where not live or beyond D."""
+    pointers = rows + slot[:, None] * row_stride + (HALF * D + channel)[None, :]
+    # Slots and strides are not known when it is compiled; without the hint it reads element by element.
+    pointers = tl.multiple_of(pointers, [1, ALIGNMENT])
+    return tl.load(pointers, mask=live[:, None] & (channel < D)[None, :], other=0.0)
+
+
+@jit
+def finite_peak(peak):
+    """The maximum to subtract from scores: 0 where there was none yet, so that nothing becomes NaN."""
+    return tl.where(peak == float("-inf"), 0.0, peak)
+
+
+@jit(do_not_specialize=["count", "capacity", "stride_b", "stride_h", "stride_row"])
+def vector_kernel(
+    query,
+    rows,
+    slots,
+    partial,
+    stats,
+    scale,
+    kv_heads,
+    count,
+    capacity,
+    stride_b,
+    stride_h,
+    stride_row,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    """One split of one head, multiplied without tensor cores.
+
+    Each place of a tile keeps its own softmax and sum: warps exchange nothing before the end.
+    """
+    pair = tl.program_id(1).to(tl.int64)
+    head = pair * G + tl.program_id(2)
+    channel = tl.arange(0, D_PAD)
+    q = tl.load(query + head * D + channel, mask=channel < D, other=0.0).to(tl.float32) * scale
+    rows += (pair // kv_heads) * stride_b + (pair % kv_heads) * stride_h
+    slots += pair * count
+    peak = tl.full([TILE], float("-inf"), tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    acc = tl.zeros([TILE, D_PAD], tl.float32)
+    first = tl.program_id(0) * SPLIT
+    for start in tl.range(0, SPLIT, TILE, num_stages=STAGES):
+        slot, live = slot_tile(slots, first + start + tl.arange(0, TILE), count, capacity)
+        keys = row_tile(rows, slot, live, channel, stride_row, 0, D, ALIGNMENT).to(tl.float32)
+        values = row_tile(rows, slot, live, channel, stride_row, 1, D, ALIGNMENT).to(tl.float32)
+        score = tl.where(live, tl.sum(q[None, :] * keys, 1), float("-inf"))
+        new_peak = tl.maximum(peak, score)
+        shift = finite_peak(new_peak)
+        fade = tl.exp2(peak - shift)
+        weight = tl.exp2(score - shift)
+        total = total * fade + weight
+        acc = acc * fade[:, None] + weight[:, None] * values
+        peak = new_peak
+    top = tl.max(peak, 0)
+    fade = tl.exp2(peak - finite_peak(top))
+    part = head * tl.num_programs(0) + tl.program_id(0)
+    tl.store(stats + 2 * part, top)
+    tl.store(stats + 2 * part + 1, tl.sum(total * fade, 0))
+    tl.store(partial + part * D + channel, tl.sum(acc * fade[:, None], 0), mask=channel < D)
+
+
+@jit(do_not_specialize=["count", "capacity", "stride_b", "stride_h", "stride_row"])
+def tensor_core_kernel(
+    query,
+    rows,
+    slots,
+    partial,
+    stats,
+    scale,
+    kv_heads,
+    count,
+    capacity,
+    stride_b,
+    stride_h,
+    stride_row,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """One split of up to HEADS query heads of a KV head, on the tensor cores."""
+    pair = tl.program_id(1).to(tl.int64)
+    member = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
+    head = pair * G + member
+    channel = tl.arange(0, D_PAD)
+    written = (member < G)[:, None] & (channel < D)[None, :]
+    q = tl.load(query + head[:, None] * D + channel[None, :], mask=written, other=0.0)
+    rows += (pair // kv_heads) * stride_b + (pair % kv_heads) * stride_h
+    slots += pair * count
+    peak = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, D_PAD], tl.float32)
+    first = tl.program_id(0) * SPLIT
+    for start in tl.range(0, SPLIT, TILE, num_stages=STAGES):
+        slot, live = slot_tile(slots, first + start + tl.arange(0, TILE), count, capacity)
+        keys = row_tile(rows, slot, live, channel, stride_row, 0, D, ALIGNMENT)
+        values = row_tile(rows, slot, live, channel, stride_row, 1, D, ALIGNMENT)
+        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.where(live[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        shift = finite_peak(new_peak)
+        fade = tl.exp2(peak - shift)
+        weight = tl.exp2(scores - shift[:, None])
+        total = total * fade + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
+        peak = new_peak
+    part = head * tl.num_programs(0) + tl.program_id(0)
+    tl.store(stats + 2 * part, peak, mask=member < G)
+    tl.store(stats + 2 * part + 1, total, mask=member < G)
+    tl.store(partial + part[:, None] * D + channel[None, :], acc, mask=written)
+
+
+@jit(do_not_specialize=["splits"])
+def combine_kernel(
+    partial, stats, out, splits, D: tl.constexpr, SPLITS_TILE: tl.constexpr, CHANNELS_TILE: tl.constexpr
+):
+    """Adds up a head's splits in ascending order, a fixed number at a time.
+
+    Splits without a slot come with peak -inf and sums 0: they change no bit.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * CHANNELS_TILE + tl.arange(0, CHANNELS_TILE)
+    peak = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([CHANNELS_TILE], tl.float32)
+    first = 0
+    while first < splits:
+        split = first + tl.arange(0, SPLITS_TILE)
+        part = head * splits + split
+        peaks = tl.load(stats + 2 * part, mask=split < splits, other=float("-inf"))
+        totals = tl.load(stats + 2 * part + 1, mask=split < splits, other=0.0)
+        known = (split < splits)[:, None] & (channel < D)[None, :]
+        sums = tl.load(partial + part[:, None] * D + channel[None, :], mask=known, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(peaks, 0))
+        shift = finite_peak(new_peak)
+        fade = tl.exp2(peak - shift)
+        weight = tl.exp2(peaks - shift)
+        total = total * fade + tl.sum(weight * totals, 0)
+        acc = acc * fade + tl.sum(weight[:, None] * sums, 0)
+        peak = new_peak
+        first += SPLITS_TILE
+    tl.store(out + head * D + channel, acc / total, mask=channel < D)
