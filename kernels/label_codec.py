@@ -25,6 +25,12 @@ from torch import Tensor
 SCALE_STEPS = 12
 SCALE_BIAS = 128
 FLOAT16_MAX = 65504.0
+# The scale as a share of a row's largest magnitude; 1 where not named. With four levels,
+# 0.8 lowers the squared error of scores by 34 % on Gaussian keys and by 37 to 39 % on
+# Laplace, Student-t (3) and unequally wide channels. On SmolLM2-135M (28 channels, six
+# texts of 4K tokens, 1/16 of the tokens) the attention kept is the same (0.887 of the mass)
+# and the loss over dense 0.026 instead of 0.032 nats, a difference within its noise.
+SCALE_SHARE = {2: 0.8}
 # Elements encoded at a time: bounds the float32 temporaries to a few times 64 MiB.
 CHUNK_ELEMENTS = 1 << 24
 
@@ -185,8 +191,9 @@ def label_dots(
 def encode_labels(keys: Tensor, layout: LabelLayout, out: Tensor | None = None) -> Tensor:
     """Pack the kept, centred channels of keys.
 
-    The scale is the largest magnitude of the row, rounded to the nearest step of the
-    log grid; codes are the nearest level under that rounded scale. An all-zero row
+    The scale is the largest magnitude of the row, times 0.8 at 2 bits (`SCALE_SHARE`),
+    rounded to the nearest step of the log grid; codes are the nearest level under that
+    rounded scale. An all-zero row
     gets s = 0, so it decodes to values of at most 2 ** (-128 / 12).
 
     Works in chunks along the first dimension, so its float32 temporaries stay small,
@@ -222,7 +229,8 @@ def _encode_chunk(keys: Tensor, layout: LabelLayout, out: Tensor) -> None:
     if layout.bits == 16:
         out.copy_(values.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16).contiguous().view(torch.uint8))
         return
-    step = values.abs().amax(-1, keepdim=True).log2_().mul_(SCALE_STEPS).add_(SCALE_BIAS).round_().clamp_(0, 255)
+    scale = values.abs().amax(-1, keepdim=True).mul_(SCALE_SHARE.get(layout.bits, 1.0))
+    step = scale.log2_().mul_(SCALE_STEPS).add_(SCALE_BIAS).round_().clamp_(0, 255)
     out[..., layout.code_bytes :].copy_(step)
     largest = 2**layout.bits - 1
     inverse = step.sub_(SCALE_BIAS).mul_(-1 / SCALE_STEPS).exp2_().mul_(largest / 2)
