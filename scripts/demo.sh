@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/venv.sh
 install_project ""
-set -- --prompt-file ds_offload/data/jargon_file.txt --question "In which year was the Jargon File begun, and by whom?" \
+set -- --prompt-file ds_offload/data/jargon_file.txt --question "In which year was the Jargon File begun?" \
     --max-new-tokens 64 "$@"
 command="ds-offload run"
 for word in "$@"; do

@@ -19,4 +19,4 @@ def test_the_python_of_the_readme_answers(
     exec(compile(code, "README.md", "exec"), {})
     answer, figures = capsys.readouterr().out.strip().splitlines()
     assert "1975" in answer
-    assert re.fullmatch(r"3,?8\d\d prompt tokens, [\d.]+ bytes moved per new token", figures)
+    assert re.fullmatch(r"3\d\d\d prompt tokens, [\d.]+ bytes moved per new token", figures)
