@@ -48,6 +48,8 @@ class DecodeLoop:
         context, decoder = self._context, self._decoder
         for sequence, length in enumerate(lengths):
             context.reserve(sequence, length)
+        # The last step's writer reads what this one fills again, and its rows and labels are read from here on.
+        context.streams.join()
         keep = context.keep(lengths)
         rope = decoder.rotary_each([length - 1 for length in lengths])
         if not self._cuda:

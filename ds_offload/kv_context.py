@@ -10,6 +10,7 @@ from ds_offload.config import OffloadConfig
 from ds_offload.decoder import DecoderStack
 from ds_offload.dtypes import torch_dtype
 from ds_offload.kernels.label_codec import LabelLayout
+from ds_offload.kernels.slot_attention import slot_attention
 from ds_offload.kernels.sparse_attention import sparse_attention
 from ds_offload.memory.hot_set import HotSet
 from ds_offload.memory.kv_store import KVStore
@@ -100,7 +101,7 @@ class KVContext:
             streams=self.streams,
             layers=decoder.layers,
             sequences=sequences,
-            buffer_tokens=self.window.forced_slots + self.most_kept,
+            most_kept=self.most_kept,
             **heads,
         )
         # The new token's K/V of every layer: the writer reads them after the layer has gone on.
@@ -179,8 +180,6 @@ class KVContext:
                 dense.append(layer, step.positions[sequence : sequence + 1], rows[sequence : sequence + 1])
             return
         streams = self.streams
-        streams.wait("host_write", layer)
-        streams.wait("label_append", layer)
         rows = self._new_rows[layer]
         with streams.producing("kv", layer):
             rows[:, :, 0].copy_(key)
@@ -200,10 +199,8 @@ class KVContext:
         if layer in self._dense_layers:
             each = [self._attend_dense(layer, n, query[n : n + 1], step) for n in range(len(query))]
             return torch.cat(each)
-        rows, valid = self.scheduler.rows(layer, query)
-        out = sparse_attention(query, rows, valid, self._scaling)
-        self.scheduler.release(layer)
-        return out
+        kept = self.scheduler.keep(layer, query)
+        return slot_attention(query, kept.rows, kept.places, self._scaling)
 
     def kept_tokens(self, length: int) -> int:
         """Tokens a KV head attends to at most in a context of `length` tokens."""

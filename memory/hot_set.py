@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from ds_offload.kernels.admit import AdmitState, admit_tokens
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.window import AttentionWindow
 from torch import Tensor
-
-_NEVER = torch.iinfo(torch.int32).max
 
 
 @dataclass(frozen=True)
@@ -19,13 +18,13 @@ class Admission:
 
     Attributes:
         tokens: `[B, Hkv, K]` int64 as selected, -1 for padding.
-        slots: `[B, Hkv, K]` int64, 0 for padding.
-        moved: Rows copied over the link, int64 scalar on the device.
-        old: Rows that an earlier step had left there, int64 scalar on the device.
+        places: Their places in the layer's rows, `[B, Hkv, K]` int64, -1 for padding.
+        moved: Rows copied over the link, `[B, Hkv]` int32.
+        old: Rows that an earlier step had left there, `[B, Hkv]` int32.
     """
 
     tokens: Tensor
-    slots: Tensor
+    places: Tensor
     moved: Tensor
     old: Tensor
 
@@ -35,8 +34,8 @@ class HotSet:
 
     The first slots are the sinks, then the ring of recent tokens (token t at ring slot
     t mod ring), then C slots for selected tokens, the least recently selected one
-    leaving first. Everything about slots is decided on the device with fixed shapes:
-    no host synchronisation.
+    leaving first. Everything about slots is decided on the device with fixed shapes
+    (`kernels/admit.py`): no host synchronisation.
 
     Hand-overs: a layer's `admit` calls must be ordered among themselves and behind the
     store writes of the tokens they may select; `rows` of a layer may be read behind
@@ -63,17 +62,10 @@ class HotSet:
     ) -> None:
         self._store = store
         self._window = window
-        self._capacity = capacity
         heads = (sequences, kv_heads)
-        # Zeros, not empty: a masked row must not hold a NaN.
-        self._rows = {
-            n: torch.zeros(*heads, window.forced_slots + capacity, 2, head_dim, dtype=store.dtype, device=device)
-            for n in layers
-        }
-        # One extra column takes the writes of padding and of hits.
-        self._token = {n: torch.full((*heads, capacity + 1), -1, dtype=torch.int64, device=device) for n in layers}
-        self._stamp = {n: torch.zeros(*heads, capacity + 1, dtype=torch.int32, device=device) for n in layers}
-        self._arrived = {n: torch.zeros(*heads, capacity + 1, dtype=torch.int32, device=device) for n in layers}
+        shape = (*heads, window.forced_slots + capacity, 2, head_dim)
+        self._rows = {n: torch.empty(shape, dtype=store.dtype, device=device) for n in layers}
+        self._state = {n: AdmitState.empty(*heads, capacity, device) for n in layers}
         # Device counters, one a layer: a captured step advances them, and two streams never share one.
         self._clock = torch.zeros(max(layers, default=0) + 1, dtype=torch.int32, device=device)
         self._began = torch.zeros_like(self._clock)
@@ -103,42 +95,17 @@ class HotSet:
 
     def admit(self, layer: int, tokens: Tensor) -> Admission:
         """Bring `tokens` `[B, Hkv, K]` (distinct, -1 for padding) on the device; runs on the current stream."""
-        capacity, offset = self._capacity, self._window.forced_slots
-        token, stamp, arrived = self._token[layer], self._stamp[layer], self._arrived[layer]
         clock = self._clock[layer].add_(1)
-        wanted = tokens >= 0
+        result = admit_tokens(self._state[layer], tokens, clock, self._began[layer])
+        places = result.slots + self._window.forced_slots
+        self._store.gather(layer, result.missing, places, self._rows[layer])
+        return Admission(tokens, torch.where(tokens >= 0, places, -1), result.moved, result.old)
 
-        held, by_token = token[..., :capacity].sort(-1)
-        place = torch.searchsorted(held, tokens.contiguous()).clamp(max=capacity - 1)
-        hit = (held.gather(-1, place) == tokens) & wanted
-        hit_slot = by_token.gather(-1, place)
-        now = clock.expand(tokens.shape)
-        stamp.scatter_(-1, torch.where(hit, hit_slot, capacity), now)
+    def rows(self, layer: int) -> Tensor:
+        """The layer's rows `[B, Hkv, sinks + ring + C, 2, D]`; only places that were filled hold numbers."""
+        return self._rows[layer]
 
-        oldest = stamp[..., :capacity].argsort(dim=-1, stable=True)
-        miss = wanted & ~hit
-        rank = (miss.cumsum(-1) - 1).clamp(min=0)
-        slot = torch.where(hit, hit_slot, oldest.gather(-1, rank))
-        new_slot = torch.where(miss, slot, capacity)
-        token.scatter_(-1, new_slot, tokens)
-        stamp.scatter_(-1, new_slot, now)
-        arrived.scatter_(-1, new_slot, now)
-        stamp[..., capacity] = _NEVER
-
-        slots = torch.where(wanted, slot + offset, 0)
-        self._store.gather(layer, torch.where(miss, tokens, -1), slots, self._rows[layer])
-        old = hit & (arrived.gather(-1, torch.where(hit, slot, capacity)) < self._began[layer])
-        return Admission(tokens, slots, miss.sum(), old.sum())
-
-    def pack(self, layer: int, slots: Tensor, out: Tensor) -> None:
-        """Copy the rows at `slots` `[B, Hkv, K]` to `out` `[B, Hkv, K, 2, D]`, in that order."""
-        rows = self._rows[layer]
-        sequences, kv_heads, count = slots.shape
-        base = torch.arange(sequences * kv_heads, device=slots.device).view(sequences, kv_heads, 1) * rows.shape[2]
-        flat = rows.view(-1, rows.shape[-2] * rows.shape[-1])
-        out.copy_(flat.index_select(0, (base + slots).view(-1)).view(sequences, kv_heads, count, *rows.shape[-2:]))
-
-    def window_slots(self, tokens: Tensor) -> Tensor:
-        """Slots of window tokens `[B, n]`; absent ones (-1) give a slot that holds finite numbers."""
+    def window_places(self, tokens: Tensor) -> Tensor:
+        """Places of window tokens `[B, n]` in a layer's rows; -1 stays -1."""
         sinks, ring = self._window.sinks, self._window.ring
-        return torch.where(tokens < sinks, tokens.clamp(min=0), sinks + tokens % ring)
+        return torch.where(tokens < sinks, tokens, sinks + tokens % ring)

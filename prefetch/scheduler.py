@@ -1,4 +1,4 @@
-"""Double-buffered prefetch: layer l+1's tokens are chosen and fetched while layer l computes."""
+"""Prefetch: layer l+1's tokens are chosen and fetched while layer l computes."""
 
 from __future__ import annotations
 
@@ -36,12 +36,22 @@ class Traffic:
     recalled: int
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a query attends to: places in `rows`, in order, first the window's, then the selected ones.
+
+    Attributes:
+        rows: `[B, Hkv, C, 2, D]`, K and V side by side.
+        places: `[B, Hkv, P]` int64 into `rows`, -1 for padding; tokens ascend within
+            the window (sinks, then recent, the current one last) and within the rest.
+    """
+
+    rows: Tensor
+    places: Tensor
+
+
 class PrefetchScheduler:
     """Gives every layer the rows its query attends to.
-
-    The rows of a step stand in one of two buffers `[B, Hkv, P, 2, D]`, by the layer's
-    parity: first the window (sinks, then the ring, ascending), then the selected
-    tokens, ascending.
 
     Modes: "exact" fetches what the predicted query selects while the layer before
     computes, then selects with the true query and fetches what is still missing;
@@ -49,15 +59,18 @@ class PrefetchScheduler:
     in line. Exact and off attend to the same tokens. The first layer has no layer
     before it and is always done in line.
 
-    Hand-overs (see `Streams`): `start` runs on the prefetch stream behind `query`,
-    `label_append` and `host_write`, and records `selection` and `gather`; `rows` waits
-    for both. A buffer that the prefetch stream fills is waited for by `release`, which
-    `release()` records behind the attention that read it.
+    Layers read and fill rows of their own, so while layer l attends over its rows the
+    prefetch stream fills layer l+1's. With the store on the device there is nothing to
+    fetch: each layer's rows are gathered into one buffer when it attends.
+
+    Hand-overs (see `Streams`): `start` runs on the prefetch stream behind `query` and
+    records `selection` and `gather`, for which `keep` waits. Labels and store rows of
+    earlier tokens are there since the step began.
 
     Args:
         hot_set: The device rows of offloaded layers; None reads `store` directly (it
             is on the device then).
-        buffer_tokens: Largest P.
+        most_kept: Most candidates a KV head keeps at a step.
     """
 
     def __init__(
@@ -73,7 +86,7 @@ class PrefetchScheduler:
         sequences: int,
         kv_heads: int,
         head_dim: int,
-        buffer_tokens: int,
+        most_kept: int,
         device: torch.device,
     ) -> None:
         self._mode = mode
@@ -83,17 +96,21 @@ class PrefetchScheduler:
         self._window = window
         self._streams = streams
         self._heads = (sequences, kv_heads)
-        self._row = (2, head_dim)
-        size = sequences * kv_heads * buffer_tokens * 2 * head_dim
-        self._buffers = [torch.zeros(size, dtype=store.dtype, device=device) for _ in range(2)]
+        self._buffer: Tensor | None = None
+        if hot_set is None:
+            size = window.forced_slots + most_kept
+            self._buffer = torch.empty(*self._heads, size, 2, head_dim, dtype=store.dtype, device=device)
         self._counts = torch.zeros(layers, 5, dtype=torch.int64, device=device)
         self._started: dict[int, tuple[Tensor, Admission | None]] = {}
         self._step: Step | None = None
+        self._window_tokens: Tensor | None = None
 
     def begin(self, step: Step) -> None:
         """A new step: its lengths and budgets hold for every layer."""
         self._step = step
         self._started.clear()
+        tokens = torch.cat((self._window.sink_tokens(step.lengths), self._window.recent_tokens(step.lengths)), -1)
+        self._window_tokens = tokens[:, None].expand(*self._heads, -1)
         if self._hot_set is not None:
             self._hot_set.begin_step()
 
@@ -110,56 +127,43 @@ class PrefetchScheduler:
         with streams.producing("query", layer):
             query = predict()
         streams.lend(query, "prefetch")
+        admission = None
         with streams.on("prefetch"):
             streams.wait("query", layer)
-            streams.wait("label_append", layer)
             with streams.producing("selection", layer):
                 tokens = self._selector.select(layer, query, step)
-            streams.wait("host_write", layer)
-            if self._mode == "speculative":
-                streams.wait("release", layer % 2)
-            with streams.producing("gather", layer):
-                admission = self._hot_set.admit(layer, tokens) if self._hot_set is not None else None
-                if self._mode == "speculative":
-                    self._pack_selected(layer, tokens, admission, step)
+            if self._hot_set is not None:
+                with streams.producing("gather", layer):
+                    admission = self._hot_set.admit(layer, tokens)
         streams.lend(tokens, "compute")
         if admission is not None:
-            for tensor in (admission.slots, admission.moved, admission.old):
+            for tensor in (admission.places, admission.moved, admission.old):
                 streams.lend(tensor, "compute")
         self._started[layer] = (tokens, admission)
 
-    def rows(self, layer: int, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows `[B, Hkv, P, 2, D]` to attend to and which are valid, `[B, Hkv, P]` bool, for `query` `[B, H, D]`."""
+    def keep(self, layer: int, query: Tensor) -> Kept:
+        """The rows that `layer`'s query `[B, H, D]` attends to."""
         step, streams = self._current_step(), self._streams
         started = self._started.pop(layer, None)
-        streams.wait("host_write", layer)
         if started is not None:
             streams.wait("selection", layer)
             streams.wait("gather", layer)
             if started[1] is not None:
-                self._counts[layer, 0] += started[1].moved
+                self._counts[layer, 0] += started[1].moved.sum()
         if started is not None and self._mode == "speculative":
             tokens, admission = started
         else:
-            streams.wait("label_append", layer)
             tokens = self._selector.select(layer, query, step)
-            admission = self._hot_set.admit(layer, tokens) if self._hot_set is not None else None
-            if admission is not None:
-                self._counts[layer, 0] += admission.moved
-            self._pack_selected(layer, tokens, admission, step)
+            admission = None
+            if self._hot_set is not None and step.most_kept > 0:
+                admission = self._hot_set.admit(layer, tokens)
+                self._counts[layer, 0] += admission.moved.sum()
             if started is not None:
                 self._count_recall(layer, started[0], tokens)
         self._counts[layer, 1] += (tokens >= 0).sum()
         if admission is not None:
-            self._counts[layer, 2] += admission.old
-        window_valid = self._pack_window(layer, step)
-        valid = torch.cat((window_valid[:, None].expand(*self._heads, -1), tokens >= 0), -1)
-        return self._buffer(layer, step), valid
-
-    def release(self, layer: int) -> None:
-        """The attention over `layer`'s rows has been given to the compute stream."""
-        with self._streams.producing("release", layer % 2):
-            pass
+            self._counts[layer, 2] += admission.old.sum()
+        return self._place(layer, tokens, admission)
 
     def traffic(self) -> Traffic:
         """Counts so far; waits for the device."""
@@ -169,41 +173,20 @@ class PrefetchScheduler:
         assert self._step is not None, "begin() comes before a step's layers"
         return self._step
 
-    def _buffer(self, layer: int, step: Step) -> Tensor:
-        count = self._window.forced_slots + step.most_kept
-        sequences, kv_heads = self._heads
-        size = sequences * kv_heads * count * self._row[0] * self._row[1]
-        return self._buffers[layer % 2][:size].view(*self._heads, count, *self._row)
-
-    def _pack_selected(self, layer: int, tokens: Tensor, admission: Admission | None, step: Step) -> None:
-        if step.most_kept == 0:
-            return
-        buffer = self._buffer(layer, step)
-        first = self._window.forced_slots
-        if admission is not None and self._hot_set is not None:
-            self._hot_set.pack(layer, admission.slots, buffer[:, :, first:])
-        else:
-            self._read_store(layer, tokens, buffer, first, step)
-
-    def _pack_window(self, layer: int, step: Step) -> Tensor:
-        """Fill the window's part of the buffer; which of its tokens exist, `[B, sinks + ring]` bool."""
-        buffer = self._buffer(layer, step)
-        sinks = self._window.sink_tokens(step.lengths)
-        recent = self._window.recent_tokens(step.lengths)
-        tokens = torch.cat((sinks, recent), -1)
-        heads_tokens = tokens[:, None].expand(*self._heads, -1)
+    def _place(self, layer: int, tokens: Tensor, admission: Admission | None) -> Kept:
+        window = self._window_tokens
+        assert window is not None, "begin() comes before a step's layers"
         if self._hot_set is not None:
-            slots = self._hot_set.window_slots(heads_tokens)
-            self._hot_set.pack(layer, slots, buffer[:, :, : self._window.forced_slots])
-        else:
-            self._read_store(layer, heads_tokens, buffer, 0, step)
-        return tokens >= 0
-
-    def _read_store(self, layer: int, tokens: Tensor, buffer: Tensor, first: int, step: Step) -> None:
-        # Padding reads the current token: its row is finite, and masked anyway.
-        tokens = torch.where(tokens >= 0, tokens, step.positions[:, None, None])
-        slots = (first + torch.arange(tokens.shape[-1], device=tokens.device)).expand_as(tokens)
-        self._store.gather(layer, tokens, slots, buffer)
+            places = self._hot_set.window_places(window)
+            selected = admission.places if admission is not None else tokens
+            return Kept(self._hot_set.rows(layer), torch.cat((places, selected), -1))
+        assert self._buffer is not None, "without a hot set there is a buffer"
+        tokens = torch.cat((window, tokens), -1)
+        places = torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
+        # Without a hot set the current token's row comes from the store as well.
+        self._streams.wait("host_write", layer)
+        self._store.gather(layer, tokens, places, self._buffer)
+        return Kept(self._buffer, torch.where(tokens >= 0, places, -1))
 
     def _count_recall(self, layer: int, predicted: Tensor, tokens: Tensor) -> None:
         beyond = torch.iinfo(torch.int64).max

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from ds_offload.kernels.select import select_tokens
 from ds_offload.memory.label_cache import LabelCache
 from ds_offload.memory.window import AttentionWindow
 from torch import Tensor
@@ -36,25 +37,12 @@ class Step:
         return cls(on_device[0], on_device[1], on_device[2], max(keep), max(lengths))
 
 
-def top_tokens(scores: Tensor, count: int) -> Tensor:
-    """Indices `[..., count]` int64 of the highest `scores` `[..., T]` float32, the best first.
-
-    Equal scores are taken lowest index first (labels of few bits tie often), so the
-    result is the same on every device, and that of a smaller count is its beginning.
-    """
-    bits = scores.view(torch.int32)
-    # As integers, floats order like this: negative ones by their flipped magnitude.
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
-    index = torch.arange(scores.shape[-1], device=scores.device)
-    keys = (ordered << 32) | (0x7FFFFFFF - index)
-    return keys.topk(count, -1).indices
-
-
 class Selector:
     """Picks candidates by label score, one set per KV head.
 
     The query heads of a KV head share a set: each head's scores become attention
-    weights by a softmax over the tokens, and the weights are summed over the heads.
+    weights by a softmax over the tokens before the current one, and the weights are
+    summed over the heads.
     With one query head per KV head the scores themselves give the same order.
 
     Args:
@@ -75,23 +63,28 @@ class Selector:
         """Tokens `[B, Hkv, most_kept]` int64 for queries `[B, H, D]`, ascending, -1 behind the last."""
         if step.most_kept == 0:
             return torch.empty(len(query), self._labels.rows.shape[1], 0, dtype=torch.int64, device=query.device)
-        scores = self._labels.scores(layer, query, step.lengths, step.max_length, self._scaling)
+        # Without the current token: its label may be on its way while a prediction is scored.
+        scores = self._labels.scores(layer, query, step.positions, step.max_length, self._scaling)
         sequences, heads, length = scores.shape
         kv_heads = self._labels.rows.shape[1]
         if heads != kv_heads or self._top_p is not None:
             scores = scores.softmax(-1).view(sequences, kv_heads, heads // kv_heads, length).sum(2)
-        token = torch.arange(length, device=scores.device)
-        past = (step.lengths - self._window.ring)[:, None, None]
-        outside = (token < self._window.sinks) | (token >= past)
-        forced = scores.masked_fill(~outside, 0).sum(-1, keepdim=True) if self._top_p is not None else None
-        candidates = scores.masked_fill(outside, -torch.inf)
-        tokens = top_tokens(candidates, step.most_kept)
-        best = candidates.gather(-1, tokens)
-        rank = torch.arange(step.most_kept, device=scores.device)
-        dropped = (rank >= step.keep[:, None, None]) | (best == -torch.inf)
-        if self._top_p is not None and forced is not None:
-            # Token r is needed while the window and the tokens before it fall short.
-            before = best.clamp(min=0).cumsum(-1) - best.clamp(min=0) + forced
-            dropped |= before >= self._top_p * (heads // kv_heads)
-        tokens = tokens.masked_fill(dropped, length).sort(-1).values
-        return tokens.masked_fill(tokens == length, -1)
+        past = step.lengths - self._window.ring
+        keep = step.keep
+        if self._top_p is not None:
+            keep = self._needed(scores, past, self._top_p * (heads // kv_heads)).clamp(max=keep[:, None])
+        return select_tokens(scores.contiguous(), self._window.sinks, past, keep, step.most_kept)
+
+    def _needed(self, weights: Tensor, past: Tensor, share: float) -> Tensor:
+        """How many of the best candidates `[B, Hkv]` int64 make up `share` together with the window.
+
+        Args:
+            weights: `[B, Hkv, T]`, summing to the group's query heads over the tokens.
+            past: `[B]`, the end of the candidates.
+        """
+        token = torch.arange(weights.shape[-1], device=weights.device)
+        candidate = (token >= self._window.sinks) & (token < past[:, None, None])
+        window = weights.masked_fill(candidate, 0).sum(-1, keepdim=True)
+        best = weights.masked_fill(~candidate, 0).sort(-1, descending=True).values
+        # A candidate is needed while the window and the better ones fall short.
+        return (window + best.cumsum(-1) - best < share).sum(-1)

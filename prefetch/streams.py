@@ -35,12 +35,14 @@ class Streams:
     - `selection`: predicted tokens; made on prefetch, read on compute.
     - `gather`: rows of the predicted tokens; made on prefetch, read on compute.
     - `kv`: K/V of the new token; made on compute, read by the writer.
-    - `host_write`: the same rows in the store; made by the writer, read by later gathers.
-    - `label_append`: the new token's label; made by the writer, read by later scores.
-    - `release`: a selection buffer whose attention has run; made on compute, waited
-      for on prefetch before the buffer is filled again.
+    - `host_write`: the same rows in the store; made by the writer, read in the same step
+      only where the store is on the device.
+    - `label_append`: the new token's label; made by the writer, read in later steps.
     - `prompt_rows`: a prompt layer's rows in the store; made by the writer, waited for
       before the staging buffer is filled again and before decoding.
+
+    A step begins behind everything the step before gave to any stream (`join`), so
+    nothing else is handed over from step to step.
 
     The producer calls `producing` around its work, which records the event behind it;
     every reader on another stream calls `wait` first. On a CPU everything runs in
@@ -87,6 +89,12 @@ class Streams:
         if self._cuda:
             tensor.record_stream(self._streams[name])
         return tensor
+
+    def join(self) -> None:
+        """Make the compute stream wait for everything the others were given: the hand-over `step`."""
+        if self._cuda and "step" not in self._faults.drop:
+            for name in ("prefetch", "writer"):
+                self._streams["compute"].wait_stream(self._streams[name])
 
     @contextmanager
     def capturing(self) -> Iterator[None]:

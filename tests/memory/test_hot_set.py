@@ -27,10 +27,9 @@ def make(capacity: int, window: AttentionWindow, sequences: int = 2) -> tuple[Ho
     return hot, rows
 
 
-def packed(hot: HotSet, slots: torch.Tensor) -> torch.Tensor:
-    out = torch.full((*slots.shape, 2, DIM), torch.nan)
-    hot.pack(3, slots, out)
-    return out
+def packed(hot: HotSet, places: torch.Tensor) -> torch.Tensor:
+    index = places.clamp(min=0)[..., None, None].expand(*places.shape, 2, DIM)
+    return hot.rows(3).gather(2, index)
 
 
 @pytest.mark.parametrize("capacity", [6, 7, 12, 40])
@@ -49,9 +48,10 @@ def test_admitted_rows_are_the_stores_rows_over_many_steps(capacity: int) -> Non
         admission = hot.admit(3, tokens)
         valid = tokens >= 0
         expected = rows.gather(2, tokens.clamp(min=0)[..., None, None].expand(-1, -1, -1, 2, DIM))
-        assert torch.equal(packed(hot, admission.slots)[valid], expected[valid])
-        slots = admission.slots[1, 1]
-        assert len(set(slots.tolist())) == 6
+        assert torch.equal(packed(hot, admission.places)[valid], expected[valid])
+        places = admission.places
+        assert len(set(places[1, 1].tolist())) == 6
+        assert (places[~valid] == -1).all()
 
 
 def test_a_hit_moves_nothing_and_a_miss_evicts_the_least_recently_selected() -> None:
@@ -60,7 +60,7 @@ def test_a_hit_moves_nothing_and_a_miss_evicts_the_least_recently_selected() -> 
     def admit(*tokens: int) -> tuple[int, int]:
         hot.begin_step()
         admission = hot.admit(3, torch.tensor(tokens).expand(1, HEADS, -1))
-        return int(admission.moved), int(admission.old)
+        return int(admission.moved.sum()), int(admission.old.sum())
 
     assert admit(1, 2) == (2 * HEADS, 0)
     assert admit(3, 4) == (2 * HEADS, 0)
@@ -75,8 +75,8 @@ def test_rows_warmed_in_the_same_step_do_not_count_as_old_and_survive_the_second
     hot.begin_step()
     hot.admit(3, torch.tensor([1, 2, 3, 4]).expand(1, HEADS, -1))
     admission = hot.admit(3, torch.tensor([3, 4, 7, 8]).expand(1, HEADS, -1))
-    assert (int(admission.moved), int(admission.old)) == (2 * HEADS, 0)
-    assert torch.equal(packed(hot, admission.slots), rows[:, :, [3, 4, 7, 8]])
+    assert (int(admission.moved.sum()), int(admission.old.sum())) == (2 * HEADS, 0)
+    assert torch.equal(packed(hot, admission.places), rows[:, :, [3, 4, 7, 8]])
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 30])
@@ -91,8 +91,7 @@ def test_window_rows_after_a_prompt_and_appended_tokens(length: int) -> None:
         lengths = at + 1
         tokens = torch.cat((window.sink_tokens(lengths), window.recent_tokens(lengths)), -1)
         heads = tokens[:, None].expand(-1, HEADS, -1)
-        got = packed(hot, hot.window_slots(heads))
-        assert torch.isfinite(got).all()
+        got = packed(hot, hot.window_places(heads))
         expected = rows.gather(2, heads.clamp(min=0)[..., None, None].expand(-1, -1, -1, 2, DIM))
         assert torch.equal(got[heads >= 0], expected[heads >= 0])
         assert position in tokens[0].tolist()
