@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from ds_offload.kernels.admit_state import EMPTY, AdmitResult, AdmitState, check_admit, disorder, empty_result
 from ds_offload.kernels.triton_runtime import jit, launching, power_of_two, tl
-from torch import Tensor
 
 
 @dataclass(frozen=True)

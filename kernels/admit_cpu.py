@@ -6,9 +6,10 @@ Import this module at first use: it loads Numba.
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
+
 from ds_offload.kernels.admit_state import EMPTY, AdmitResult, AdmitState
 from ds_offload.kernels.numba_runtime import compiled, run_split
-from torch import Tensor
 
 # About a quarter of a millisecond.
 SLOTS_PER_THREAD = 50_000

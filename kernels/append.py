@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from ds_offload.kernels.gather import SegmentTable, row_address
 from ds_offload.kernels.triton_runtime import jit, launching, power_of_two, tl
-from torch import Tensor
 
 
 @jit(do_not_specialize=["layer", "segments"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from ds_offload.kernels.triton_runtime import jit, launching, power_of_two, tl
 from torch import Tensor
+
+from ds_offload.kernels.triton_runtime import jit, launching, power_of_two, tl
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_offload.kernels.numba_runtime import compiled, run_split
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
+
+from ds_offload.kernels.numba_runtime import compiled, run_split
 
 # About half a millisecond.
 BYTES_PER_THREAD = 4 << 20

@@ -19,8 +19,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from ds_offload.kernels.triton_runtime import jit, power_of_two, tl
 from torch import Tensor
+
+from ds_offload.kernels.triton_runtime import jit, power_of_two, tl
 
 SCALE_STEPS = 12
 SCALE_BIAS = 128

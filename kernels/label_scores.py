@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from ds_offload.kernels.label_codec import LabelLayout, arrange_query, decode_labels, label_dots
 from ds_offload.kernels.triton_runtime import jit, launching, power_of_two, tl
-from torch import Tensor
 
 # Tokens decoded at a time by the reference: bounds its float32 copy of the labels.
 REFERENCE_BLOCK = 1 << 16

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from ds_offload.kernels.label_codec import LabelLayout, byte_levels, decode_scales
 from ds_offload.kernels.numba_runtime import compiled, run_split
-from torch import Tensor
 
 BLOCK_TOKENS = 512
 # About a quarter of a millisecond.

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from ds_offload.kernels.triton_runtime import jit, launching, tl
 from torch import Tensor
+
+from ds_offload.kernels.select_long_rows import bracket_kernel, classify_kernel, threshold_kernel, write_kernel
+from ds_offload.kernels.select_row import select_row_kernel
+from ds_offload.kernels.triton_runtime import launching
 
 # -inf as an ordered integer (`_ordered`): what is not above it is no candidate.
 MINUS_INF = -0x7F800001
@@ -51,369 +54,6 @@ def select_launch(length: int) -> SelectLaunch:
     if length <= 1 << 18:
         return SelectLaunch(block=0)
     return SelectLaunch(block=0, sample=16384, listed=32768)
-
-
-@jit
-def _ordered(scores):
-    """float32 as int32 of the same order: negative ones by their flipped magnitude."""
-    bits = scores.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@jit
-def _row_keys(scores, row, start, first, last, length, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Ordered scores of tokens `start` to `start + BLOCK` of a row; below MINUS_INF outside of [first, last)."""
-    WORDS: tl.constexpr = ALIGNMENT // 4
-    token = start + tl.arange(0, BLOCK)
-    # The length is a multiple of WORDS; seeing that, the compiler loads as many at a time.
-    live = token < length // WORDS * WORDS
-    values = tl.load(tl.multiple_of(scores + row * length + token, ALIGNMENT), mask=live, other=float("-inf"))
-    return tl.where((token >= first) & (token < last), _ordered(values), -0x80000000)
-
-
-@jit
-def _row_end(last, row, heads, length):
-    """`last` of a row, within [0, length], as int32."""
-    return tl.minimum(tl.maximum(tl.load(last + row // heads), 0), length).to(tl.int32)
-
-
-@jit
-def _row_keep(keep, row, rows_per_keep, count):
-    """`keep` of a row, within [0, count], as int32."""
-    return tl.minimum(tl.maximum(tl.load(keep + row // rows_per_keep), 0), count).to(tl.int32)
-
-
-@jit
-def _flags(keys, threshold):
-    """1 for a key above the threshold, 1 << 16 for one that equals it: counted apart in one sum."""
-    return (keys > threshold).to(tl.int32) + ((keys == threshold).to(tl.int32) << 16)
-
-
-@jit
-def _find_threshold(keys, low, high, wanted, slack):
-    """A value v in [low, high] with count(keys > v) <= wanted <= count(keys >= v), by bisection.
-
-    Needs count(keys > high) <= wanted. Stops early once wanted - slack to `wanted` keys are above v.
-    """
-    while low < high:
-        middle = (low & high) + ((low ^ high) >> 1)
-        above = tl.sum((keys > middle).to(tl.int32), 0)
-        if above > wanted:
-            low = middle + 1
-        else:
-            high = middle
-            if above >= wanted - slack:
-                low = middle
-    return low
-
-
-@jit
-def _write_kept(out, row, count, keys, start, threshold, ties, above, equal, BLOCK: tl.constexpr):
-    """Write the tokens of `keys` that are kept, after `above` and `equal` ones of the row before them."""
-    flags = _flags(keys, threshold)
-    before = tl.cumsum(flags, 0) - flags
-    above += before & 0xFFFF
-    equal += before >> 16
-    kept = (keys > threshold) | ((keys == threshold) & (equal < ties))
-    token = (start + tl.arange(0, BLOCK)).to(tl.int64)
-    tl.store(out + row * count + (above + tl.minimum(equal, ties)), token, mask=kept)
-
-
-@jit
-def _write_rest(out, row, begin, step, count, WIDTH: tl.constexpr):
-    """Write -1 to every `step`-th stretch of WIDTH elements of a row, from `begin` on."""
-    for stretch in range(begin, count, step):
-        index = stretch + tl.arange(0, WIDTH)
-        tl.store(out + row * count + index, tl.full([WIDTH], -1, tl.int64), mask=index < count)
-
-
-@jit(do_not_specialize=["last", "keep", "first", "length", "count"])
-def _select_row_kernel(
-    scores,
-    last,
-    keep,
-    out,
-    first,
-    length,
-    count,
-    heads,
-    rows_per_keep,
-    MINUS_INF: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-):
-    """One program per row, which holds all of it."""
-    row = tl.program_id(0).to(tl.int64)
-    end = _row_end(last, row, heads, length)
-    wanted = _row_keep(keep, row, rows_per_keep, count)
-    keys = _row_keys(scores, row, 0, first, end, length, BLOCK, ALIGNMENT)
-    lowest = tl.full([], MINUS_INF, tl.int32)
-    threshold = _find_threshold(keys, lowest, tl.maximum(tl.max(keys, 0), lowest), wanted, 0)
-    above = tl.sum((keys > threshold).to(tl.int32), 0)
-    ties = tl.where(threshold == MINUS_INF, 0, wanted - above)
-    _write_kept(out, row, count, keys, 0, threshold, ties, 0, 0, BLOCK)
-    _write_rest(out, row, above + ties, 1024, count, 1024)
-
-
-@jit(do_not_specialize=["last", "keep", "first", "length", "count"])
-def _bracket_kernel(
-    scores,
-    last,
-    keep,
-    state,
-    first,
-    length,
-    count,
-    heads,
-    rows_per_keep,
-    MINUS_INF: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    SHIFT: tl.constexpr,
-    LISTED: tl.constexpr,
-):
-    """Two programs per row: values that very likely enclose the threshold, from a sample.
-
-    state[row]: the value above it, the one below it, and a counter set to 0.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    below = tl.program_id(1)
-    end = _row_end(last, row, heads, length)
-    wanted = _row_keep(keep, row, rows_per_keep, count)
-    tokens = tl.maximum(end - first, 0)
-    index = tl.arange(0, SAMPLE)
-    slack = wanted * 0
-    value = tl.full([], MINUS_INF, tl.int32)
-    search = wanted < tokens
-    offset = index
-    if tokens > SAMPLE:
-        # One token of each of SAMPLE equal stretches, at a place that follows no period.
-        jitter = (((index * 40503) & 0xFFFF).to(tl.int64) * (tokens >> SHIFT)) >> 16
-        offset = (((index.to(tl.int64) * tokens) >> SHIFT) + jitter).to(tl.int32)
-        rank = wanted.to(tl.float32) * SAMPLE / tokens.to(tl.float32)
-        # The sample's count of kept tokens is binomial; a list that overflows would be worse than a miss.
-        spread = 5.0 * tl.sqrt(tl.maximum(rank * (1.0 - rank / SAMPLE), 0.0)) + 3.0
-        spread = tl.minimum(spread, 0.3 * LISTED * SAMPLE / tokens.to(tl.float32))
-        slack = (spread * 0.25).to(tl.int32)
-        if below == 0:
-            wanted = tl.floor(rank - spread).to(tl.int32)
-            if wanted < 0:
-                value = tl.full([], 0x7FFFFFFF, tl.int32)
-                search = False
-        else:
-            wanted = tl.ceil(rank + spread).to(tl.int32) + slack
-            search = search & (wanted < SAMPLE)
-    if search:
-        live = offset < tokens
-        values = tl.load(scores + row * length + first + offset, mask=live, other=float("-inf"))
-        keys = tl.where(live, _ordered(values), -0x80000000)
-        value = _find_threshold(keys, value, tl.maximum(tl.max(keys, 0), value), wanted, slack)
-    tl.store(state + row * 8 + below, value)
-    if below == 0:
-        tl.store(state + row * 8 + 2, 0)
-
-
-@jit(do_not_specialize=["last", "first", "length", "chunks"])
-def _classify_kernel(
-    scores,
-    last,
-    state,
-    table,
-    listed,
-    first,
-    length,
-    chunks,
-    heads,
-    LISTED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-):
-    """One program per chunk of a row: count what is above, on and inside the bracket; list what is inside.
-
-    table[row, :, chunk]: (above | at its top << 16), (inside | at its bottom << 16), place in the list.
-    Chunks find their places in any order; nothing that is written to `out` depends on it.
-    """
-    chunk = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    end = _row_end(last, row, heads, length)
-    top = tl.load(state + row * 8)
-    bottom = tl.load(state + row * 8 + 1)
-    start = chunk * CHUNK
-    upper = start * 0
-    lower = start * 0
-    place = start * 0
-    if (start < end) & (start + CHUNK > first):
-        keys = _row_keys(scores, row, start, first, end, length, CHUNK, ALIGNMENT)
-        inside = ((keys > bottom) & (keys < top)).to(tl.int32)
-        at_bottom = ((keys == bottom) & (bottom < top)).to(tl.int32)
-        upper = tl.sum(_flags(keys, top), 0)
-        lower = tl.sum(inside + (at_bottom << 16), 0)
-        if (lower & 0xFFFF) > 0:
-            place = tl.atomic_add(state + row * 8 + 2, lower & 0xFFFF, sem="relaxed")
-            index = place + tl.cumsum(inside, 0) - 1
-            tl.store(listed + row * LISTED + index, keys, mask=(inside > 0) & (index < LISTED))
-    entry = table + row * 3 * chunks + chunk
-    tl.store(entry, upper)
-    tl.store(entry + chunks, lower)
-    tl.store(entry + 2 * chunks, place)
-
-
-@jit
-def _search_row(scores, row, first, last, length, low, high, wanted, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """`_find_threshold` over a whole row in memory."""
-    while low < high:
-        middle = (low & high) + ((low ^ high) >> 1)
-        above = middle * 0
-        for start in range(0, last, BLOCK):
-            keys = _row_keys(scores, row, start, first, last, length, BLOCK, ALIGNMENT)
-            above += tl.sum((keys > middle).to(tl.int32), 0)
-        if above > wanted:
-            low = middle + 1
-        else:
-            high = middle
-            if above == wanted:
-                low = middle
-    return low
-
-
-@jit(do_not_specialize=["last", "keep", "first", "length", "count", "chunks"])
-def _threshold_kernel(
-    scores,
-    last,
-    keep,
-    state,
-    table,
-    listed,
-    first,
-    length,
-    count,
-    chunks,
-    heads,
-    rows_per_keep,
-    MINUS_INF: tl.constexpr,
-    LISTED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-):
-    """One program per row: its exact threshold, and what of each chunk's tokens comes before it.
-
-    state[row, 3:6]: the threshold, how many that equal it are kept, how many are kept in all.
-    table[row, :2, chunk]: tokens of earlier chunks above the threshold, and equal to it.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    end = _row_end(last, row, heads, length)
-    wanted = _row_keep(keep, row, rows_per_keep, count)
-    top = tl.load(state + row * 8)
-    bottom = tl.load(state + row * 8 + 1)
-    entries = table + row * 3 * chunks
-    rank = listed + row * LISTED
-    above = wanted * 0
-    to_top = wanted * 0
-    inside = wanted * 0
-    at_bottom = wanted * 0
-    for block in range(0, chunks, WIDTH):
-        chunk = block + tl.arange(0, WIDTH)
-        upper = tl.load(entries + chunk, mask=chunk < chunks, other=0)
-        lower = tl.load(entries + chunks + chunk, mask=chunk < chunks, other=0)
-        above += tl.sum(upper & 0xFFFF, 0)
-        to_top += tl.sum((upper & 0xFFFF) + (upper >> 16), 0)
-        inside += tl.sum(lower & 0xFFFF, 0)
-        at_bottom += tl.sum(lower >> 16, 0)
-
-    threshold = top
-    from_list = False
-    at_top = (wanted >= above) & ((wanted <= to_top) | (top == MINUS_INF))
-    if not at_top:
-        listable = (wanted > to_top) & (wanted <= to_top + inside)
-        past = wanted > to_top + inside
-        if listable & (inside <= LISTED):
-            index = tl.arange(0, LISTED)
-            keys = tl.load(rank + index, mask=index < inside, other=-0x80000000)
-            threshold = _find_threshold(keys, bottom, top - 1, wanted - to_top, 0)
-            # Each chunk's part of the list lies together: its counts are differences of these.
-            sums = tl.cumsum(_flags(keys, threshold), 0)
-            tl.debug_barrier()
-            tl.store(rank + index, sums, mask=index < inside)
-            from_list = True
-        elif past & ((wanted <= to_top + inside + at_bottom) | (bottom == MINUS_INF)):
-            threshold = bottom
-        else:
-            # The sample was off, or too much is inside: search all of the row.
-            low = bottom
-            high = top
-            if wanted < above:
-                low = top + 1
-                high = tl.full([], 0x7FFFFFFF, tl.int32)
-            elif past:
-                low = tl.full([], MINUS_INF, tl.int32)
-                high = bottom - 1
-            threshold = _search_row(scores, row, first, end, length, low, high, wanted, CHUNK, ALIGNMENT)
-            for chunk in range(0, chunks):
-                keys = _row_keys(scores, row, chunk * CHUNK, first, end, length, CHUNK, ALIGNMENT)
-                tl.store(entries + chunk, tl.sum(_flags(keys, threshold), 0))
-            top = threshold
-        # What the program has just written is read by other threads of it.
-        tl.debug_barrier()
-
-    above = wanted * 0
-    equal = wanted * 0
-    for block in range(0, chunks, WIDTH):
-        chunk = block + tl.arange(0, WIDTH)
-        upper = tl.load(entries + chunk, mask=chunk < chunks, other=0)
-        lower = tl.load(entries + chunks + chunk, mask=chunk < chunks, other=0)
-        chunk_above = upper & 0xFFFF
-        chunk_equal = upper >> 16
-        if from_list:
-            place = tl.load(entries + 2 * chunks + chunk, mask=chunk < chunks, other=0)
-            found = lower & 0xFFFF
-            to_end = tl.load(rank + place + found - 1, mask=found > 0, other=0)
-            to_begin = tl.load(rank + place - 1, mask=(found > 0) & (place > 0), other=0)
-            # The sums may have wrapped; a chunk's difference fits.
-            chunk_above += chunk_equal + ((to_end - to_begin) & 0xFFFF)
-            chunk_equal = ((to_end - to_begin) >> 16) & 0xFFFF
-        elif threshold != top:
-            chunk_above += chunk_equal + (lower & 0xFFFF)
-            chunk_equal = lower >> 16
-        tl.debug_barrier()
-        tl.store(entries + chunk, above + tl.cumsum(chunk_above, 0) - chunk_above, mask=chunk < chunks)
-        tl.store(entries + chunks + chunk, equal + tl.cumsum(chunk_equal, 0) - chunk_equal, mask=chunk < chunks)
-        above += tl.sum(chunk_above, 0)
-        equal += tl.sum(chunk_equal, 0)
-    ties = tl.where(threshold == MINUS_INF, 0, wanted - above)
-    tl.store(state + row * 8 + 3, threshold)
-    tl.store(state + row * 8 + 4, ties)
-    tl.store(state + row * 8 + 5, above + ties)
-
-
-@jit(do_not_specialize=["last", "first", "length", "count", "chunks"])
-def _write_kernel(
-    scores,
-    last,
-    state,
-    table,
-    out,
-    first,
-    length,
-    count,
-    chunks,
-    heads,
-    CHUNK: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-):
-    """One program per chunk of a row: its kept tokens, and its share of the -1 behind the row's last."""
-    chunk = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    end = _row_end(last, row, heads, length)
-    start = chunk * CHUNK
-    kept = tl.load(state + row * 8 + 5)
-    if (start < end) & (start + CHUNK > first) & (kept > 0):
-        threshold = tl.load(state + row * 8 + 3)
-        ties = tl.load(state + row * 8 + 4)
-        above = tl.load(table + row * 3 * chunks + chunk)
-        equal = tl.load(table + (row * 3 + 1) * chunks + chunk)
-        keys = _row_keys(scores, row, start, first, end, length, CHUNK, ALIGNMENT)
-        _write_kept(out, row, count, keys, start, threshold, ties, above, equal, CHUNK)
-    _write_rest(out, row, kept + chunk * CHUNK, chunks * CHUNK, count, CHUNK)
 
 
 def select_tokens(
@@ -461,7 +101,7 @@ def _launch(scores: Tensor, first: int, last: Tensor, keep: Tensor, count: int, 
     ends = {"MINUS_INF": MINUS_INF, "num_warps": launch.warps}
     if launch.block:
         tail = (first, length, count, heads, rows_per_keep)
-        _select_row_kernel[(rows,)](scores, last, keep, out, *tail, BLOCK=launch.block, ALIGNMENT=alignment, **ends)
+        select_row_kernel[(rows,)](scores, last, keep, out, *tail, BLOCK=launch.block, ALIGNMENT=alignment, **ends)
         return
     chunks = -(-length // launch.chunk)
     state = torch.empty(rows, 8, dtype=torch.int32, device=scores.device)
@@ -469,21 +109,21 @@ def _launch(scores: Tensor, first: int, last: Tensor, keep: Tensor, count: int, 
     listed = torch.empty(rows, launch.listed, dtype=torch.int32, device=scores.device)
     sizes = {"CHUNK": launch.chunk, "ALIGNMENT": alignment}
     shift = launch.sample.bit_length() - 1
-    _bracket_kernel[(rows, 2)](
+    bracket_kernel[(rows, 2)](
         *(scores, last, keep, state, first, length, count, heads, rows_per_keep),
         **{"SAMPLE": launch.sample, "SHIFT": shift, "LISTED": launch.listed},
         **ends,
     )
-    _classify_kernel[(chunks, rows)](
+    classify_kernel[(chunks, rows)](
         scores, last, state, table, listed, first, length, chunks, heads, LISTED=launch.listed, num_warps=8, **sizes
     )
-    _threshold_kernel[(rows,)](
+    threshold_kernel[(rows,)](
         *(scores, last, keep, state, table, listed, first, length, count, chunks, heads, rows_per_keep),
         **{"LISTED": launch.listed, "WIDTH": launch.width},
         **sizes,
         **ends,
     )
-    _write_kernel[(chunks, rows)](
+    write_kernel[(chunks, rows)](
         scores, last, state, table, out, first, length, count, chunks, heads, num_warps=8, **sizes
     )
 

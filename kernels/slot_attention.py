@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from ds_offload.kernels.slot_attention_kernels import combine_kernel, tensor_core_kernel, vector_kernel
 from ds_offload.kernels.sparse_attention import sparse_attention
 from ds_offload.kernels.triton_runtime import launching, power_of_two
-from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Splits and channels that a program of the second kernel combines at a time: 16 float32 registers a thread,

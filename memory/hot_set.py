@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from ds_offload.kernels.admit import AdmitState, admit_tokens
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.window import AttentionWindow
-from torch import Tensor
 
 
 @dataclass(frozen=True)

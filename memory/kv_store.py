@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from ds_offload.kernels.append import append_rows
 from ds_offload.kernels.gather import SegmentTable, gather_rows
 from ds_offload.memory.pinned_pool import PinnedPool
-from torch import Tensor
 
 
 class KVStore:

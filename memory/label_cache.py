@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from ds_offload.kernels.label_codec import LabelLayout, encode_labels
 from ds_offload.kernels.label_scores import label_scores
-from torch import Tensor
 
 # Tokens encoded at a time: their float32 copies are what a prompt's labels cost in workspace.
 _PROMPT_CHUNK = 4096

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from ds_offload.memory.hot_set import Admission, HotSet
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.window import AttentionWindow
 from ds_offload.prefetch.selection import Selector, Step
 from ds_offload.prefetch.streams import Streams
-from torch import Tensor
 
 PrefetchMode = Literal["exact", "speculative", "off"]
 

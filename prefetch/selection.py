@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from ds_offload.kernels.select import select_tokens
 from ds_offload.memory.label_cache import LabelCache
 from ds_offload.memory.window import AttentionWindow
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from ds_offload.kernels import admit
 from ds_offload.kernels.admit import AdmitLaunch, admit_tokens_reference
 from ds_offload.kernels.admit_state import EMPTY, AdmitState

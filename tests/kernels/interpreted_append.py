@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from ds_offload.kernels.append import _launch
 from ds_offload.kernels.gather import SegmentTable
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from ds_offload.kernels import gather
 from ds_offload.kernels.gather import GatherLaunch, SegmentTable, gather_rows_reference
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from ds_offload.kernels.label_codec import LabelLayout, encode_labels
 from ds_offload.kernels.label_scores import _launch, label_scores_reference
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from ds_offload.kernels import slot_attention
 from ds_offload.kernels.slot_attention import SlotAttentionLaunch, _launch, slot_attention_reference
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from ds_offload.kernels import admit_cpu
 from ds_offload.kernels.admit import admit_launch, admit_tokens, admit_tokens_reference
 from ds_offload.kernels.admit_state import EMPTY, AdmitResult, AdmitState

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from ds_offload.kernels.append import append_rows, append_rows_reference
 from ds_offload.kernels.gather import SegmentTable
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from ds_offload.kernels import gather_cpu
 from ds_offload.kernels.gather import SegmentTable, gather_launch, gather_rows, gather_rows_reference
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from ds_offload.kernels import label_codec
 from ds_offload.kernels.label_codec import LabelLayout, decode_labels, encode_labels
 

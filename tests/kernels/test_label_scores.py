@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from ds_offload.kernels import label_scores_cpu
 from ds_offload.kernels.label_codec import LabelLayout, decode_labels, encode_labels
 from ds_offload.kernels.label_scores import label_scores, label_scores_reference, scores_launch

@@ -9,6 +9,7 @@ from typing import Any
 import numba
 import pytest
 import torch
+
 from ds_offload.kernels import numba_runtime
 from ds_offload.kernels.numba_runtime import compiled, run_split
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+
 from ds_offload.kernels import select
 from ds_offload.kernels.select import (
     SelectLaunch,
@@ -16,7 +18,6 @@ from ds_offload.kernels.select import (
     select_tokens_reference,
     top_tokens,
 )
-from torch import Tensor
 
 Case = tuple[Tensor, int, Tensor, Tensor, int]
 

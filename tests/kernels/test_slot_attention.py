@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from ds_offload.kernels.slot_attention import slot_attention, slot_attention_launch, slot_attention_reference
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

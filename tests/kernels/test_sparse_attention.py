@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from ds_offload.kernels.sparse_attention import sparse_attention, sparse_attention_reference
 
 # For results of order 1.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from ds_offload.kernels.triton_runtime import power_of_two
 
 WITHOUT_TRITON = """

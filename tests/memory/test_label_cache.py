@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from ds_offload.kernels.label_codec import LabelLayout, decode_labels
 from ds_offload.memory.label_cache import LabelCache
 

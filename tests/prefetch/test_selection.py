@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.memory.label_cache import LabelCache
 from ds_offload.memory.window import AttentionWindow

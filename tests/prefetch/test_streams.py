@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from ds_offload.prefetch.streams import Faults, Streams
 from tiny_models import random_prompts, save_tiny, tiny_config
 
 from ds_offload import OffloadConfig, OffloadedGenerator
+from ds_offload.prefetch.streams import Faults, Streams
 
 # About 35 ms at 1.7 GHz: longer than the host takes to issue the rest of a tiny model's step.
 SLOW = 60_000_000

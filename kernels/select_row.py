@@ -1,0 +1,107 @@
+"""Device code of `select_tokens` (kernels/select.py): the parts all rows share, and rows that one program holds."""
+
+from __future__ import annotations
+
+from ds_offload.kernels.triton_runtime import jit, tl
+
+
+@jit
+def ordered_bits(scores):
+    """float32 as int32 of the same order: negative ones by their flipped magnitude."""
+    bits = scores.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@jit
+def row_keys(scores, row, start, first, last, length, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Ordered scores of tokens `start` to `start + BLOCK` of a row; below MINUS_INF outside of [first, last)."""
+    WORDS: tl.constexpr = ALIGNMENT // 4
+    token = start + tl.arange(0, BLOCK)
+    # The length is a multiple of WORDS; seeing that, the compiler loads as many at a time.
+    live = token < length // WORDS * WORDS
+    values = tl.load(tl.multiple_of(scores + row * length + token, ALIGNMENT), mask=live, other=float("-inf"))
+    return tl.where((token >= first) & (token < last), ordered_bits(values), -0x80000000)
+
+
+@jit
+def row_end(last, row, heads, length):
+    """`last` of a row, within [0, length], as int32."""
+    return tl.minimum(tl.maximum(tl.load(last + row // heads), 0), length).to(tl.int32)
+
+
+@jit
+def row_keep(keep, row, rows_per_keep, count):
+    """`keep` of a row, within [0, count], as int32."""
+    return tl.minimum(tl.maximum(tl.load(keep + row // rows_per_keep), 0), count).to(tl.int32)
+
+
+@jit
+def kept_flags(keys, threshold):
+    """1 for a key above the threshold, 1 << 16 for one that equals it: counted apart in one sum."""
+    return (keys > threshold).to(tl.int32) + ((keys == threshold).to(tl.int32) << 16)
+
+
+@jit
+def find_threshold(keys, low, high, wanted, slack):
+    """A value v in [low, high] with count(keys > v) <= wanted <= count(keys >= v), by bisection.
+
+    Needs count(keys > high) <= wanted. Stops early once wanted - slack to `wanted` keys are above v.
+    """
+    while low < high:
+        middle = (low & high) + ((low ^ high) >> 1)
+        above = tl.sum((keys > middle).to(tl.int32), 0)
+        if above > wanted:
+            low = middle + 1
+        else:
+            high = middle
+            if above >= wanted - slack:
+                low = middle
+    return low
+
+
+@jit
+def write_kept(out, row, count, keys, start, threshold, ties, above, equal, BLOCK: tl.constexpr):
+    """Write the tokens of `keys` that are kept, after `above` and `equal` ones of the row before them."""
+    flags = kept_flags(keys, threshold)
+    before = tl.cumsum(flags, 0) - flags
+    above += before & 0xFFFF
+    equal += before >> 16
+    kept = (keys > threshold) | ((keys == threshold) & (equal < ties))
+    token = (start + tl.arange(0, BLOCK)).to(tl.int64)
+    tl.store(out + row * count + (above + tl.minimum(equal, ties)), token, mask=kept)
+
+
+@jit
+def write_rest(out, row, begin, step, count, WIDTH: tl.constexpr):
+    """Write -1 to every `step`-th stretch of WIDTH elements of a row, from `begin` on."""
+    for stretch in range(begin, count, step):
+        index = stretch + tl.arange(0, WIDTH)
+        tl.store(out + row * count + index, tl.full([WIDTH], -1, tl.int64), mask=index < count)
+
+
+@jit(do_not_specialize=["last", "keep", "first", "length", "count"])
+def select_row_kernel(
+    scores,
+    last,
+    keep,
+    out,
+    first,
+    length,
+    count,
+    heads,
+    rows_per_keep,
+    MINUS_INF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    """One program per row, which holds all of it."""
+    row = tl.program_id(0).to(tl.int64)
+    end = row_end(last, row, heads, length)
+    wanted = row_keep(keep, row, rows_per_keep, count)
+    keys = row_keys(scores, row, 0, first, end, length, BLOCK, ALIGNMENT)
+    lowest = tl.full([], MINUS_INF, tl.int32)
+    threshold = find_threshold(keys, lowest, tl.maximum(tl.max(keys, 0), lowest), wanted, 0)
+    above = tl.sum((keys > threshold).to(tl.int32), 0)
+    ties = tl.where(threshold == MINUS_INF, 0, wanted - above)
+    write_kept(out, row, count, keys, 0, threshold, ties, 0, 0, BLOCK)
+    write_rest(out, row, above + ties, 1024, count, 1024)
