@@ -56,24 +56,31 @@ def main() -> None:
     options = parser.parse_args()
     text = files("ds_offload").joinpath("data", "calibration.txt").read_text(encoding="utf-8")
     long_text = (text * (60_000 // len(text) + 1)).encode()[:60_000].decode(errors="ignore")
-    lines = [
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        # At once: a run that is cut off has still said what it measured.
+        print(line, flush=True)
+        lines.append(line)
+
+    say(
         f"GPU: {torch.cuda.get_device_name()}; torch {torch.__version__}, transformers {version('transformers')}, "
-        f"CUDA {torch.version.cuda}.",
-        "",
+        f"CUDA {torch.version.cuda}."
+    )
+    say("")
+    say(
         "| run | prompt tokens | prefill s | decode ms/token | MiB over the link per token | hot-set hit rate "
-        "| prefetch recall | GPU peak GiB | peak / plan | pinned GiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+        "| prefetch recall | GPU peak GiB | peak / plan | pinned GiB |"
+    )
+    say("| --- " * 10 + "|")
     dummy = ("--model", "llama-2-7b", "--load-format", "dummy", "--ctx", "64k")
     for mode in ("exact", "speculative", "off"):
-        lines.append(row(f"llama-2-7b shape, random weights, bf16, {mode}", run(long_text, *dummy, "--prefetch", mode)))
+        say(row(f"llama-2-7b shape, random weights, bf16, {mode}", run(long_text, *dummy, "--prefetch", mode)))
     prompt = first_tokens(text * 3, options.smollm2, 8192 - NEW_TOKENS - 1)
     for dtype in ("fp32", "bf16"):
-        lines.append(row(f"smollm2-135m, {dtype}, exact", run(prompt, "--model", options.smollm2, "--dtype", dtype)))
-    summary = "\n".join(lines) + "\n"
-    print(summary)
+        say(row(f"smollm2-135m, {dtype}, exact", run(prompt, "--model", options.smollm2, "--dtype", dtype)))
     if options.summary:
-        options.summary.write_text(summary, encoding="utf-8")
+        options.summary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def first_tokens(text: str, model: str, count: int) -> str:
