@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,9 +87,8 @@ class DecodeLoop:
         hidden = decoder.embed(tokens)
         for layer in range(decoder.layers):
             if layer + 1 < decoder.layers and scheduler.wants_prediction(layer + 1):
-                scheduler.start(
-                    layer + 1, lambda layer=layer, hidden=hidden: self._predictor.predict(layer, hidden, rope)
-                )
+                predict = partial(self._predictor.predict, layer, hidden, rope)
+                scheduler.start(layer + 1, predict)
             query, key, value = decoder.project_qkv(layer, hidden, rope)
             context.append(layer, key, value, step)
             attention = context.attend(layer, query, step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ class KVContext:
         sequences, longest = len(capacities), max(capacities)
         offloaded = [n for n in range(decoder.layers) if n not in self._dense_layers]
         dtype = torch_dtype(config.kv_dtype)
-        heads = {"kv_heads": decoder.kv_heads, "head_dim": decoder.head_dim, "device": decoder.device}
+        heads: dict[str, Any] = {"kv_heads": decoder.kv_heads, "head_dim": decoder.head_dim, "device": decoder.device}
         self.store = KVStore(
             layers=offloaded,
             sequences=sequences,
