@@ -50,7 +50,6 @@ class CacheShape:
     head_dim: int
     hidden_size: int
     intermediate_size: int
-    vocab_size: int
     itemsize: int
     kv_itemsize: int
     label_row_bytes: int

@@ -1,0 +1,107 @@
+"""The plan's bytes against what a context really allocates, and requests that do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import random_prompts, save_tiny, tiny_config
+
+from ds_offload import OffloadConfig, OffloadedGenerator
+from ds_offload.errors import MemoryPlanError
+from ds_offload.kv_context import KVContext
+from ds_offload.memory.plan import CHUNK_BYTES, chunk_tokens, hot_set_capacity
+from ds_offload.memory.window import AttentionWindow
+from ds_offload.memory_check import plan_request
+
+CAPACITIES = [300, 41, 77]
+
+
+def tensors_of(thing: Any) -> int:
+    """Bytes of every tensor that an object holds, in dicts and dataclasses too."""
+    if isinstance(thing, torch.Tensor):
+        return thing.nbytes
+    if isinstance(thing, dict):
+        return sum(tensors_of(value) for value in thing.values())
+    if dataclasses.is_dataclass(thing):
+        return sum(tensors_of(getattr(thing, field.name)) for field in dataclasses.fields(thing))
+    return 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"token_budget": 24, "hot_set": 1, "segment_tokens": 64},
+        {"token_budget": "1/2", "kv_dtype": "bf16", "label_bits": 4},
+        {"dense_layers": (1,), "sink_tokens": 0, "recent_tokens": 7},
+        {"kv_location": "gpu", "token_budget": 30},
+    ],
+)
+def test_the_plan_is_what_a_context_allocates(changes: dict[str, Any], tmp_path: Path) -> None:
+    save_tiny(tmp_path, tiny_config("llama"))
+    config = OffloadConfig(max_context=1024, **changes)
+    with OffloadedGenerator.from_pretrained(str(tmp_path), config=config, device="cpu") as gen:
+        gen.generate(random_prompts(20)[0], max_new_tokens=1)
+        plan = plan_request(gen.loaded.source, gen.config, [20, 20, 20], CAPACITIES)
+        assert gen._calibration is not None
+        with KVContext(gen.decoder, gen.config, gen._calibration, CAPACITIES) as context:
+            for number, capacity in enumerate(CAPACITIES):
+                context.reserve(number, capacity)
+            assert plan.labels == context.labels.nbytes
+            held = context.hot_set
+            assert plan.hot_set == (0 if held is None else tensors_of(held._rows) + tensors_of(held._state))
+            assert plan.host_kv == context.host_bytes == (0 if held is None else context.store.nbytes)
+            buffers = context._new_rows.nbytes + sum(dense.nbytes for dense in context._dense)
+            if held is None:
+                buffers += context.store.nbytes + tensors_of(context.scheduler._buffer)
+            assert plan.buffers == buffers
+        parameters = sum(parameter.nbytes for parameter in gen.loaded.model.parameters())
+    assert plan.weights == parameters
+
+
+def test_prefill_grows_with_the_prompt_and_not_with_the_layers(tmp_path: Path) -> None:
+    plans = {}
+    for layers in (2, 8):
+        folder = tmp_path / str(layers)
+        save_tiny(folder, tiny_config("llama", num_hidden_layers=layers))
+        with OffloadedGenerator.from_pretrained(str(folder), device="cpu") as gen:
+            for prompt in (10_000, 20_000):
+                plans[layers, prompt] = plan_request(gen.loaded.source, gen.config, [prompt], [prompt + 1]).prefill
+    assert plans[2, 10_000] == plans[8, 10_000]
+    # Four bytes each: hidden, queries, two layers' K/V, RoPE; and the MLP's chunk, which both prompts fit in.
+    per_token = 64 + 64 + 4 * 2 * 16 + 2 * 16 + 4 * (128 + 64)
+    assert plans[2, 20_000] - plans[2, 10_000] == 10_000 * 4 * per_token
+
+
+def test_chunks_stay_within_their_workspace() -> None:
+    for hidden, intermediate, itemsize in ((64, 128, 4), (4096, 11008, 2), (8192, 28672, 2)):
+        tokens = chunk_tokens(hidden, intermediate, itemsize)
+        assert tokens % 64 == 0
+        assert tokens == 256 or tokens * 4 * (hidden + intermediate) * itemsize <= CHUNK_BYTES
+
+
+def test_the_hot_set_holds_a_selection_and_no_more_than_the_candidates() -> None:
+    window = AttentionWindow(4, 64)
+    assert hot_set_capacity(2.0, 100, 10_000, window) == 200
+    assert hot_set_capacity(2.0, 100, 219, window) == 150
+    assert hot_set_capacity(1.0, 0, 50, window) == 1
+
+
+def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
+    save_tiny(tmp_path, tiny_config("llama"))
+    with pytest.raises(MemoryPlanError, match="weights need") as error:
+        OffloadedGenerator.from_pretrained(
+            str(tmp_path), config=OffloadConfig(max_context=1024, host_memory="16KiB"), device="cpu"
+        )
+    assert "\n" not in str(error.value)
+    with OffloadedGenerator.from_pretrained(
+        str(tmp_path), config=OffloadConfig(max_context=100_000, host_memory="8MiB"), device="cpu"
+    ) as gen:
+        gen.generate(random_prompts(20)[0], max_new_tokens=1)
+        with pytest.raises(MemoryPlanError, match="90,004 tokens need") as error:
+            gen.generate(random_prompts(90_000)[0], max_new_tokens=4)
+        assert "\n" not in str(error.value)
