@@ -77,10 +77,10 @@ def test_bad_usage_is_one_line(refused: Any, arguments: list[str], words: tuple[
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """From here on loading a model raises `error`."""
 
-    def from_pretrained(*_: Any, **__: Any) -> None:
+    def find(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("ds_offload.generator.OffloadedGenerator.from_pretrained", from_pretrained)
+    monkeypatch.setattr("ds_offload.preparation.PreparedModel.find", find)
 
 
 RUN = ("run", "--prompt", "1 2 3")
@@ -117,7 +117,7 @@ def test_debug_shows_the_traceback(
 ) -> None:
     failing(monkeypatch, error)
     ended = command(*arguments)
-    assert "Traceback (most recent call last)" in ended.err and "in from_pretrained" in ended.err
+    assert "Traceback (most recent call last)" in ended.err and "in find" in ended.err
     assert ended.error_lines[-1].startswith("ds-offload: ") and str(error) in ended.error_lines[-1]
     assert "--debug" not in ended.error_lines[-1]
 

@@ -188,7 +188,7 @@ def test_cheap_checks_come_before_the_weights(refused: Any, ids_model: str, monk
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the weights were loaded")
 
-    monkeypatch.setattr("ds_offload.generator.load_weights", never)
+    monkeypatch.setattr("ds_offload.preparation.load_weights", never)
     for arguments in (["--label-channels", "33"], ["--top-p", "7"], ["--stop", ""], ["--dense-layers", "9"]):
         refused("run", *CPU, "--model", ids_model, "--prompt", IDS, *arguments)
 
