@@ -20,6 +20,10 @@ def sparse_attention(query: Tensor, rows: Tensor, valid: Tensor, scaling: float)
         `[B, H, D]` in the query's dtype.
     """
     sequences, heads, head_dim = query.shape
+    if sequences > 1 and not query.is_cuda:
+        # The CPU's SDPA sums in another order for another batch: one sequence at a time gives it the same bits alone.
+        alone = zip(query.split(1), rows.split(1), valid.split(1), strict=True)
+        return torch.cat([sparse_attention(*one, scaling) for one in alone])
     kv_heads = rows.shape[1]
     rows = rows.to(query.dtype)
     # The query heads of a KV head stand where SDPA has its query tokens: K/V are not repeated.

@@ -154,7 +154,7 @@ def test_a_hub_checkpoint_loads_from_its_folder(folder: Path, monkeypatch: pytes
     source = find_model("org/name")
     assert (source.location, asked) == ("org/name", [("org/name", False)])
     loaded = load_weights(source, CPU)
-    assert asked[1:] == [("org/name", True)]
+    assert set(asked[1:]) == {("org/name", True)}
     assert loaded.fingerprint == load_weights(find_model(folder), CPU).fingerprint
 
 
