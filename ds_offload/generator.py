@@ -144,6 +144,8 @@ class OffloadedGenerator:
         """Load the weights of a model that was found and checked."""
         generator = cls(prepared.load(), prepared.config)
         generator._announcements.extend(prepared.announcements)
+        if prepared.device.type == "cuda" and not generator.decoder.capturable:
+            generator._announcements.append("a mixture of experts decodes without a CUDA graph, which is slower")
         return generator
 
     @property
