@@ -109,9 +109,13 @@ class TokenBudget:
 
 
 def default_label_channels(head_dim: int, bits: int) -> int:
-    """Channels such that codes and the 8-bit scale spend 1/16 of a 16-bit key's bytes."""
+    """Channels such that a label spends 1/16 of a 16-bit key's bytes, rounded up to a multiple of 4.
+
+    Labels are stored in rows of whole 32-bit words; the codes fill what the 8-bit scale leaves.
+    """
+    row_bits = -(-head_dim // 32) * 32
     scale_bits = 0 if bits == 16 else 8
-    return min(head_dim, max(1, (head_dim - scale_bits) // bits))
+    return min(head_dim, (row_bits - scale_bits) // bits)
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,9 @@ class OffloadConfig:
         token_budget: Tokens each KV head attends to per step, sinks, recent window and
             current token included: a count, a fraction ("1/16") or "top-p:0.95".
         label_channels: Channels of every key kept on the GPU; None spends 1/16 of a
-            16-bit key's bytes, the scale counted.
-        label_bits: Bits per kept channel: 16, 8, 4 or 2.
+            16-bit key's bytes, the scale counted, rounded up to 4 bytes.
+        label_bits: Bits per kept channel: 16, 8, 4 or 2. Below 16, scores take the query
+            in 8 bits, which costs far less than the labels' own rounding.
         sink_tokens: First tokens of the context that are always attended.
         recent_tokens: Last tokens before the current one that are always attended.
         dense_layers: Layers whose K/V stay on the GPU and are attended in full.
@@ -133,7 +138,8 @@ class OffloadConfig:
         kv_dtype: dtype of the stored K/V; "auto" is the model's own.
         prefetch: "exact" (prediction warms, the true query selects), "speculative"
             (the prediction selects, as in the paper) or "off".
-        hot_set: Rows kept on the GPU per layer and KV head, as a multiple of the budget.
+        hot_set: Rows kept on the GPU per layer and KV head, as a multiple of the budget;
+            0 keeps none from step to step.
         gpu_memory: Bytes of GPU memory to stay under ("24GiB"); None is what is free.
         host_memory: The same for the host.
         calibration: File made by `ds-offload calibrate`; None finds or makes one.
@@ -184,8 +190,11 @@ class OffloadConfig:
         self._at_least("recent_tokens", 0)
         if self.label_channels is not None:
             self._at_least("label_channels", 1)
-        if isinstance(self.hot_set, bool) or not isinstance(self.hot_set, int | float) or not 1 <= self.hot_set < 1e6:
-            raise InputError(f"hot_set={self.hot_set!r} must be a multiple of the budget of at least 1, such as 2")
+        hot_set = self.hot_set
+        if isinstance(hot_set, bool) or not isinstance(hot_set, int | float) or not (hot_set == 0 or 1 <= hot_set < 1e6):
+            raise InputError(
+                f"hot_set={hot_set!r} must be a multiple of the budget of at least 1, such as 2, or 0 to keep no rows"
+            )
         fix("hot_set", float(self.hot_set))
         layers = self.dense_layers
         if isinstance(layers, str) or not all(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from ds_offload.decoder import DecoderStack
+from ds_offload.decode_layers import DecodeLayers
+from ds_offload.decoder import DecoderStack, Rope
+from ds_offload.kernels.new_token import rotate_heads
 from ds_offload.kv_context import KVContext
-from ds_offload.prefetch.query_predictor import QueryPredictor
 from ds_offload.prefetch.selection import Step
 
 
@@ -32,11 +32,11 @@ class DecodeLoop:
         self.capture_s: float | None = None
         self._decoder = decoder
         self._context = context
-        self._predictor = QueryPredictor(decoder.project_query)
         self._cuda = decoder.device.type == "cuda"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
         self._fixed: _StepBuffers | None = None
+        self._parts: DecodeLayers | None = None
         self._logits: Tensor | None = None
 
     def step(self, tokens: list[int], lengths: list[int]) -> Tensor:
@@ -52,13 +52,14 @@ class DecodeLoop:
         # The last step's writer reads what this one fills again, and its rows and labels are read from here on.
         context.streams.join()
         keep = context.keep(lengths)
-        rope = decoder.rotary_each([length - 1 for length in lengths])
+        if self._parts is None:
+            self._parts = DecodeLayers(decoder, len(tokens))
         if not self._cuda:
-            step = Step.make(lengths, keep, decoder.device)
-            return self._layers(torch.tensor(tokens), step, rope)
+            step = Step.make(lengths, keep, context.window, decoder.device)
+            return self._layers(torch.tensor(tokens), step, decoder.rotary_each([length - 1 for length in lengths]))
         if self._fixed is None:
-            self._fixed = _StepBuffers(len(tokens), rope, context, decoder.device)
-        self._fixed.fill(tokens, lengths, keep, rope)
+            self._fixed = _StepBuffers(len(tokens), context, decoder)
+        self._fixed.fill(tokens, lengths, keep)
         if self._graph is not None:
             self._graph.replay()
         elif self._warm and decoder.capturable:
@@ -80,38 +81,63 @@ class DecodeLoop:
         self._graph = graph
         graph.replay()
 
-    def _layers(self, tokens: Tensor, step: Step, rope: tuple[Tensor, Tensor]) -> Tensor:
-        decoder, context = self._decoder, self._context
-        scheduler = context.scheduler
+    def _layers(self, tokens: Tensor, step: Step, rope: Rope | None) -> Tensor:
+        """All layers of one step; without `rope` it is computed from the step's positions."""
+        decoder, context, parts = self._decoder, self._context, self._parts
+        assert parts is not None
+        scheduler, streams = context.scheduler, context.streams
         scheduler.begin(step)
-        hidden = decoder.embed(tokens)
+        turn = rope if rope is not None else decoder.rotary(step.positions)
+        with streams.producing("hidden", 0):
+            hidden = decoder.embed(tokens)
         for layer in range(decoder.layers):
             if layer + 1 < decoder.layers and scheduler.wants_prediction(layer + 1):
-                predict = partial(self._predictor.predict, layer, hidden, rope)
-                scheduler.start(layer + 1, predict)
-            query, key, value = decoder.project_qkv(layer, hidden, rope)
-            context.append(layer, key, value, step)
+                scheduler.start(layer + 1, hidden, lambda state, to=layer + 1: self._predict(to, state, turn))
+            query = context.take(layer, parts.project(layer, hidden), turn, parts.head_norms(layer), step)
             attention = context.attend(layer, query, step)
-            hidden = decoder.finish_layer(layer, hidden, attention.flatten(1))
-        return decoder.logits(hidden)
+            with streams.producing("hidden", layer + 1):
+                hidden = parts.finish(layer, hidden, attention.flatten(1))
+        context.write_rows(step)
+        scheduler.end()
+        return parts.logits(hidden)
+
+    def _predict(self, layer: int, hidden: Tensor, rope: Rope) -> Tensor:
+        """The query `[B, H, D]` that `layer` will have, from the input `[B, hidden]` of the layer before.
+
+        The residual stream changes little within a layer, so the layer's own norm, Wq and
+        RoPE applied to it give nearly the same query (Double Sparsity, arXiv 2408.07092,
+        section 3.3, with the next layer's norm in place of this one's).
+        """
+        assert self._parts is not None
+        norms = self._parts.head_norms(layer)
+        query = self._parts.project_query(layer, hidden)
+        return rotate_heads(query, rope, norms.query, norms.eps) if norms is not None else rotate_heads(query, rope)
 
 
 class _StepBuffers:
-    """Where a graph finds a step's tokens, lengths, budgets and RoPE.
+    """Where a graph finds a step's tokens, lengths and budgets, and RoPE where the step does not compute it.
 
     Filled on the compute stream in front of the replay that reads them. The pinned
     staging is free again when the host has read the step's logits.
     """
 
-    def __init__(self, sequences: int, rope: tuple[Tensor, Tensor], context: KVContext, device: torch.device) -> None:
-        self._staging = torch.zeros(4, sequences, dtype=torch.int64, pin_memory=True)
-        self._values = torch.zeros(4, sequences, dtype=torch.int64, device=device)
+    def __init__(self, sequences: int, context: KVContext, decoder: DecoderStack) -> None:
+        self._decoder = decoder
+        self._window = context.window
+        self._staging = torch.zeros(5, sequences, dtype=torch.int64, pin_memory=True)
+        self._values = torch.zeros(5, sequences, dtype=torch.int64, device=decoder.device)
         self.tokens = self._values[0]
-        self.step = Step(self._values[1], self._values[2], self._values[3], context.most_kept, context.longest)
-        self.rope = (torch.zeros_like(rope[0]), torch.zeros_like(rope[1]))
+        self.step = Step(*self._values[1:].unbind(0), context.most_kept, context.longest)
+        self.rope: Rope | None = None
+        if not decoder.length_free_rope:
+            cos, sin = decoder.rotary_each([0] * sequences)
+            self.rope = torch.empty_like(cos), torch.empty_like(sin)
 
-    def fill(self, tokens: list[int], lengths: list[int], keep: list[int], rope: tuple[Tensor, Tensor]) -> None:
-        self._staging.copy_(torch.tensor([tokens, lengths, [n - 1 for n in lengths], keep]))
+    def fill(self, tokens: list[int], lengths: list[int], keep: list[int]) -> None:
+        past = [length - self._window.ring for length in lengths]
+        positions = [length - 1 for length in lengths]
+        self._staging.copy_(torch.tensor([tokens, lengths, positions, past, keep]))
         self._values.copy_(self._staging, non_blocking=True)
-        for to, of in zip(self.rope, rope, strict=True):
-            to.copy_(of)
+        if self.rope is not None:
+            for to, of in zip(self.rope, self._decoder.rotary_each(positions), strict=True):
+                to.copy_(of)

@@ -32,6 +32,7 @@ class DecoderStack:
         heads, kv_heads, head_dim, hidden_size, intermediate_size: The model's shape.
         scaling: Factor of the attention scores, 1/sqrt(head_dim).
         device, dtype: Where and as what the weights are.
+        blocks: The decoder layers' modules, in order.
         capturable: Whether a CUDA graph can hold a layer: a mixture of experts decides on
             the host which experts to run.
     """
@@ -39,11 +40,11 @@ class DecoderStack:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._base: Any = model.model
-        self._layers: list[Any] = list(self._base.layers)
-        attention = self._layers[0].self_attn
+        self.blocks: list[Any] = list(self._base.layers)
+        attention = self.blocks[0].self_attn
         self._apply_rope: Callable[..., Rope] = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        self.layers = len(self._layers)
-        self.capturable = not hasattr(self._layers[0].mlp, "experts")
+        self.layers = len(self.blocks)
+        self.capturable = not hasattr(self.blocks[0].mlp, "experts")
         self.head_dim: int = attention.head_dim
         self.heads: int = attention.q_proj.out_features // self.head_dim
         self.kv_heads: int = attention.k_proj.out_features // self.head_dim
@@ -57,6 +58,21 @@ class DecoderStack:
     def groups(self) -> int:
         """Query heads of one KV head."""
         return self.heads // self.kv_heads
+
+    @property
+    def final_norm(self) -> Any:
+        """The norm behind the last layer."""
+        return self._base.norm
+
+    @property
+    def lm_head(self) -> Any:
+        """The linear module that gives logits."""
+        return self._model.lm_head
+
+    @property
+    def length_free_rope(self) -> bool:
+        """Whether RoPE at a position depends on nothing else, so that a batch and a graph may compute it."""
+        return self._base.rotary_emb.rope_type in _LENGTH_FREE_ROPE
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings `[N, hidden]` of token ids `[N]` int64."""
@@ -80,14 +96,14 @@ class DecoderStack:
     def rotary_each(self, positions: list[int]) -> Rope:
         """The same for one position of each of B sequences, each as if it were alone: `[B, rotary_dim]`."""
         at = torch.tensor(positions, dtype=torch.int64, device=self.device)
-        if self._base.rotary_emb.rope_type in _LENGTH_FREE_ROPE:
+        if self.length_free_rope:
             return self.rotary(at)
         each = [self.rotary(one) for one in at[:, None]]
         return torch.cat([cos for cos, _ in each]), torch.cat([sin for _, sin in each])
 
     def project_qkv(self, layer: int, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """q `[N, H, D]`, k and v `[N, Hkv, D]` of `hidden` `[N, hidden]`, normed and rotated."""
-        block = self._layers[layer]
+        block = self.blocks[layer]
         attention = block.self_attn
         normed = block.input_layernorm(hidden)
         query = self._heads(attention.q_proj(normed), getattr(attention, "q_norm", None))
@@ -96,16 +112,9 @@ class DecoderStack:
         query, key = self._apply_rope(query, key, *rope)
         return query, key, value
 
-    def project_query(self, layer: int, hidden: Tensor, rope: Rope) -> Tensor:
-        """q `[N, H, D]` alone; with an earlier layer's `hidden`, a prediction of it."""
-        block = self._layers[layer]
-        attention = block.self_attn
-        query = self._heads(attention.q_proj(block.input_layernorm(hidden)), getattr(attention, "q_norm", None))
-        return self._apply_rope(query, query[:, :1], *rope)[0]
-
     def finish_layer(self, layer: int, hidden: Tensor, attention: Tensor) -> Tensor:
         """The layer's output `[N, hidden]` from its input and its attention `[N, H * D]`."""
-        block = self._layers[layer]
+        block = self.blocks[layer]
         hidden = hidden + block.self_attn.o_proj(attention)
         return hidden + block.mlp(block.post_attention_layernorm(hidden)[None])[0]
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ds_offload.calibration import Calibration
 from ds_offload.config import OffloadConfig
-from ds_offload.decoder import DecoderStack
+from ds_offload.decoder import DecoderStack, Rope
 from ds_offload.dtypes import torch_dtype
 from ds_offload.kernels.label_codec import LabelLayout
+from ds_offload.kernels.new_token import HeadNorms, new_token
 from ds_offload.kernels.slot_attention import slot_attention
 from ds_offload.kernels.sparse_attention import sparse_attention
 from ds_offload.memory.hot_set import HotSet
@@ -91,9 +92,13 @@ class KVContext:
                 sequences=sequences,
                 window=self.window,
                 capacity=hot_set_capacity(config.hot_set, self.most_kept, longest, self.window),
+                context=longest,
+                reuse=config.hot_set > 0,
                 **heads,
             )
-        selector = Selector(self.labels, self.window, decoder.scaling, config.budget.top_p)
+        selector = Selector(
+            self.labels, self.window, decoder.scaling, config.budget.top_p, everything=config.budget.fraction == 1
+        )
         self.scheduler = PrefetchScheduler(
             config.prefetch,
             selector=selector,
@@ -103,13 +108,15 @@ class KVContext:
             streams=self.streams,
             layers=decoder.layers,
             sequences=sequences,
-            most_kept=self.most_kept,
-            **heads,
+            kv_heads=decoder.kv_heads,
+            device=decoder.device,
         )
-        # The new token's K/V of every layer: the writer reads them after the layer has gone on.
-        self._new_rows = torch.zeros(
-            decoder.layers, sequences, decoder.kv_heads, 2, decoder.head_dim, dtype=decoder.dtype, device=decoder.device
-        )
+        # The new token's K/V of every layer, in the store's order and dtype: the writer takes those of the
+        # offloaded ones, the first, when the last layer has made its own.
+        rows = (decoder.layers, sequences, decoder.kv_heads, 2, decoder.head_dim)
+        self._new_rows = torch.zeros(rows, dtype=dtype, device=decoder.device)
+        self._offloaded = offloaded
+        self._row_of = {layer: n for n, layer in enumerate([*offloaded, *sorted(self._dense_layers)])}
 
     def __enter__(self) -> KVContext:
         return self
@@ -142,7 +149,7 @@ class KVContext:
             self._dense[sequence].reserve(0, tokens)
 
     def write_prompt(self, layer: int, sequence: int, rows: Tensor) -> None:
-        """Take a prompt's rows `[Hkv, T, 2, D]` of one layer, on the current stream.
+        """Take a prompt's rows `[Hkv, T, 2, D]` of one layer, made as the hand-over `kv` of that layer.
 
         `rows` may be overwritten behind the hand-over `prompt_rows` of the layer's parity.
         """
@@ -152,8 +159,6 @@ class KVContext:
         if self.hot_set is not None:
             self.hot_set.fill_window(layer, sequence, rows)
         streams = self.streams
-        with streams.producing("kv", layer):
-            pass
         with streams.on("writer"):
             streams.wait("kv", layer)
             with streams.producing("prompt_rows", layer % 2):
@@ -174,27 +179,47 @@ class KVContext:
         """Most candidates any sequence ever keeps."""
         return max(self.keep(self._capacities))
 
-    def append(self, layer: int, key: Tensor, value: Tensor, step: Step) -> None:
-        """Take the current token's K and V `[B, Hkv, D]`: into the window now, into store and labels behind it."""
-        if layer in self._dense_layers:
-            rows = torch.stack((key, value), 2)
-            for sequence, dense in enumerate(self._dense):
-                dense.append(layer, step.positions[sequence : sequence + 1], rows[sequence : sequence + 1])
+    def take(self, layer: int, projected: Tensor, rope: Rope, norms: HeadNorms | None, step: Step) -> Tensor:
+        """Take in the current token of each sequence: its K/V, window slot and label.
+
+        Args:
+            projected: Queries, keys and values as the linear layers give them, `[B, (H + 2 * Hkv) * D]`.
+            rope: cos and sin `[B, D]` at the token's position.
+
+        Returns:
+            The rotated queries `[B, H, D]`.
+        """
+        dense = layer in self._dense_layers
+        rows = self._new_rows[self._row_of[layer]]
+        with self.streams.producing("rows", layer):
+            query = new_token(
+                projected,
+                rope,
+                step.positions,
+                rows,
+                norms=norms,
+                window=self.hot_set.window_rows(layer) if self.hot_set is not None and not dense else None,
+                labels=self.labels.layer(layer) if not dense else None,
+            )
+        if dense:
+            for sequence, store in enumerate(self._dense):
+                one = slice(sequence, sequence + 1)
+                store.append(step.positions[one], rows[None, one], layer)
+        elif self.hot_set is None:
+            # Attention reads the store in this step.
+            self.store.append(step.positions, rows[None], layer)
+        return query
+
+    def write_rows(self, step: Step) -> None:
+        """Give the current token's rows of all layers to the host's store, behind the last layer."""
+        if self.hot_set is None or not self._offloaded:
             return
         streams = self.streams
-        rows = self._new_rows[layer]
-        with streams.producing("kv", layer):
-            rows[:, :, 0].copy_(key)
-            rows[:, :, 1].copy_(value)
-        if self.hot_set is not None:
-            self.hot_set.append(layer, step.positions, rows)
         positions = streams.lend(step.positions, "writer")
         with streams.on("writer"):
-            streams.wait("kv", layer)
-            with streams.producing("host_write", layer):
-                self.store.append(layer, positions, rows.to(self.store.dtype))
-            with streams.producing("label_append", layer):
-                self.labels.append(layer, positions, rows[:, :, 0])
+            streams.wait("rows", self._offloaded[-1])
+            with streams.producing("host_write", 0):
+                self.store.append(positions, self._new_rows[: len(self._offloaded)])
 
     def attend(self, layer: int, query: Tensor, step: Step) -> Tensor:
         """Attention `[B, H, D]` of the current token's query `[B, H, D]` over what its layer keeps."""

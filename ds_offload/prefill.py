@@ -54,11 +54,12 @@ def prefill(
     for layer in range(decoder.layers):
         rows = staging[layer % 2]
         context.streams.wait("prompt_rows", layer % 2)
-        for chunk in chunks:
-            query, key, value = decoder.project_qkv(layer, hidden[chunk], (rope[0][chunk], rope[1][chunk]))
-            queries[chunk] = query
-            rows[:, chunk, 0] = key.transpose(0, 1)
-            rows[:, chunk, 1] = value.transpose(0, 1)
+        with context.streams.producing("kv", layer):
+            for chunk in chunks:
+                query, key, value = decoder.project_qkv(layer, hidden[chunk], (rope[0][chunk], rope[1][chunk]))
+                queries[chunk] = query
+                rows[:, chunk, 0] = key.transpose(0, 1)
+                rows[:, chunk, 1] = value.transpose(0, 1)
         context.write_prompt(layer, sequence, rows)
         causal_attention_(queries, rows, decoder.scaling)
         for chunk in chunks:

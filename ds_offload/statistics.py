@@ -11,6 +11,7 @@ from ds_offload.config import OffloadConfig
 from ds_offload.decoder import DecoderStack
 from ds_offload.kv_context import KVContext
 from ds_offload.memory.plan import MemoryPlan
+from ds_offload.prefetch.traffic import Traffic
 
 
 class RunStatistics:
@@ -53,20 +54,41 @@ class RunStatistics:
 
     def finish(self, context: KVContext, capture_s: float | None) -> None:
         """The last token is there and the context still is; `capture_s` is what the CUDA graph took."""
-        traffic = context.scheduler.traffic()
-        steps = self._steps
+        layers = context.scheduler.traffic()
+        traffic = Traffic.total(layers)
+        link = context.scheduler.timer.total()
+        tokens = self._steps * self._sequences
+        hot = context.hot_set is not None
+        row_bytes = context.store.row_bytes
+
+        def per_token(value: float) -> float | None:
+            return value / tokens if tokens else None
+
         self._figures |= {
-            "decode_ms_per_token": 1000 * self._decode_s / steps if steps else None,
+            "decode_ms_per_token": 1000 * self._decode_s / self._steps if self._steps else None,
             "graph_capture_s": capture_s,
-            "h2d_bytes_per_token": traffic.moved * context.store.row_bytes // (steps * self._sequences) if steps else 0,
-            "hot_set_hit_rate": traffic.old / traffic.selected if context.hot_set and traffic.selected else None,
-            "prefetch_recall": traffic.recalled / traffic.predicted if traffic.predicted else None,
-            "mean_density": self._density / steps if steps else None,
+            "h2d_bytes_per_token": traffic.moved * row_bytes // tokens if tokens else 0,
+            "link_gb_per_s": _rate(traffic.moved * row_bytes, sum(link.busy)) if link else None,
+            "stall_ms_per_token": _milliseconds(sum(link.stall), self._steps) if link else None,
+            "hot_set_hit_rate": traffic.hit_rate if hot else None,
+            "prefetch_recall": traffic.recall,
+            "mean_density": self._density / self._steps if self._steps else None,
             "gpu_peak_bytes": torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0,
             "gpu_planned_bytes": self._planned,
             "host_pinned_bytes": context.pinned_bytes,
             "host_kv_bytes": context.host_bytes,
             "label_bytes": context.labels.nbytes,
+            "layers": {
+                "h2d_bytes_per_token": [per_token(layer.moved * row_bytes) for layer in layers],
+                "link_gb_per_s": [
+                    _rate(layer.moved * row_bytes, link.busy[n]) if link else None for n, layer in enumerate(layers)
+                ],
+                "stall_ms_per_token": [
+                    _milliseconds(link.stall[n], self._steps) if link else None for n in range(len(layers))
+                ],
+                "hot_set_hit_rate": [layer.hit_rate if hot else None for layer in layers],
+                "prefetch_recall": [layer.recall for layer in layers],
+            },
         }
 
     def summary(self) -> dict[str, Any]:
@@ -77,3 +99,13 @@ class RunStatistics:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
+
+
+def _rate(count: int, nanoseconds: int) -> float | None:
+    """Bytes per nanosecond, which is GB/s."""
+    return count / nanoseconds if nanoseconds else None
+
+
+def _milliseconds(nanoseconds: int, steps: int) -> float | None:
+    """The mean of one step."""
+    return nanoseconds / 1e6 / steps if steps else None

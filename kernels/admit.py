@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_offload.kernels.admit_state import EMPTY, AdmitResult, AdmitState, check_admit, disorder, empty_result
+from ds_offload.kernels.admit_state import NONE, AdmitResult, AdmitState, check_admit, result_for
 from ds_offload.kernels.triton_runtime import jit, launching, power_of_two, tl
 
 
 @dataclass(frozen=True)
 class AdmitLaunch:
-    """Launch of the CUDA kernel, one program a row: entries handled at a time, warps."""
+    """Launch of the CUDA kernel, one program a row: entries handled at a time, stamps counted at a time, warps."""
 
     tile: int
+    bins: int
     warps: int
 
 
@@ -23,269 +24,284 @@ def admit_launch(capacity: int) -> AdmitLaunch:
     """The launch for a number of slots.
 
     A program waits for memory most of its time, so it takes few, large tiles: as many
-    threads as a program may have, four entries each.
+    threads as a program may have, eight entries each. Slots that leave were last selected
+    within few admissions of one another, so 128 stamps nearly always hold them all.
     """
-    tile = min(4096, max(128, power_of_two(capacity)))
-    return AdmitLaunch(tile, warps=max(1, tile // 128))
+    tile = min(8192, max(256, power_of_two(capacity)))
+    return AdmitLaunch(tile, bins=128, warps=max(1, min(32, tile // 128)))
 
 
-@jit(do_not_specialize=["tokens", "clock", "began", "capacity", "kept"])
+@jit(do_not_specialize=["tokens", "clock", "began", "places_stride", "context", "capacity", "kept", "first_place"])
 def _admit_kernel(
+    page,
     held,
-    held_slots,
-    order,
     selected,
     arrived,
+    oldest,
     tokens,
     clock,
     began,
-    slots,
+    places,
     missing,
+    missing_places,
     moved,
-    old,
+    counts,
     scratch,
+    places_stride,
+    context,
     capacity,
     kept,
-    EMPTY: tl.constexpr,
-    STEPS: tl.constexpr,
+    first_place,
+    COUNTED: tl.constexpr,
+    ATTENDED: tl.constexpr,
+    BINS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One program admits the tokens of one row. Its threads exchange data through memory, with barriers between."""
     row = tl.program_id(0).to(tl.int64)
+    page += row * context
     held += row * capacity
-    held_slots += row * capacity
-    order += row * capacity
     selected += row * capacity
     arrived += row * capacity
     tokens += row * kept
-    slots += row * kept
+    places += row * places_stride
     missing += row * kept
-    stays_before = scratch + row * 3 * (capacity + kept)
-    stay_tokens = stays_before + capacity
-    stay_slots = stay_tokens + capacity
-    miss_index = stay_slots + capacity
-    miss_place = miss_index + kept
-    victims = miss_place + kept
+    missing_places += row * kept
+    miss_index = scratch + row * 2 * kept
+    victims = miss_index + kept
     now = tl.load(clock)
     step_began = tl.load(began)
     lane = tl.arange(0, TILE)
 
-    # How many tokens are held. This also brings them into the cache that the searches read.
-    count = tl.zeros([TILE], tl.int32)
-    for first in range(0, capacity, TILE):
-        token = tl.load(held + first + lane, mask=first + lane < capacity, other=EMPTY)
-        count += (token != EMPTY).to(tl.int32)
-    size = tl.sum(count, 0)
-
-    # Find each new token; stamp the slots of those found, list the others in ascending order.
+    # Look every token up; stamp the slots of those found, list the others.
     misses = 0
+    wanted_count = tl.zeros([TILE], tl.int32)
     old_count = tl.zeros([TILE], tl.int32)
+    again_count = tl.zeros([TILE], tl.int32)
     for first in range(0, kept, TILE):
         i = first + lane
-        token = tl.load(tokens + i, mask=i < kept, other=-1).to(tl.int32)
-        wanted = (token >= 0) & (token < EMPTY)
-        # Binary search: the number of held tokens below this one.
-        place = tl.zeros([TILE], tl.int32)
-        for step in tl.static_range(STEPS):
-            probe = place + (1 << (STEPS - 1 - step))
-            value = tl.load(held + probe - 1, mask=wanted & (probe <= size), other=EMPTY)
-            place = tl.where(value < token, probe, place)
-        hit = wanted & (tl.load(held + place, mask=wanted & (place < size), other=-1) == token)
-        slot = tl.load(held_slots + place, mask=hit, other=0)
+        token = tl.load(tokens + i, mask=i < kept, other=-1)
+        wanted = (token >= 0) & (token < context)
+        slot = tl.load(page + token, mask=wanted, other=-1).to(tl.int32)
+        hit = wanted & (slot >= 0)
+        stamp = tl.load(selected + slot, mask=hit, other=0)
         arrival = tl.load(arrived + slot, mask=hit, other=step_began)
         tl.store(selected + slot, now, mask=hit)
+        wanted_count += wanted.to(tl.int32)
         old_count += (hit & (arrival < step_began)).to(tl.int32)
-        miss = wanted & (hit == 0)
+        again_count += (hit & (stamp >= step_began)).to(tl.int32)
+        miss = wanted & (slot < 0)
         missed = miss.to(tl.int32)
         rank = misses + tl.cumsum(missed, 0) - missed
+        tl.store(missing + rank, token, mask=miss)
         tl.store(miss_index + rank, i, mask=miss)
-        tl.store(miss_place + rank, place, mask=miss)
-        tl.store(missing + i, tl.where(miss, token, -1).to(tl.int64), mask=i < kept)
         # Misses get theirs below.
-        tl.store(slots + i, slot.to(tl.int64), mask=(i < kept) & (miss == 0))
+        tl.store(places + i, tl.where(hit, slot + first_place, -1).to(tl.int64), mask=i < kept)
         misses += tl.sum(missed, 0)
     tl.store(moved + row, misses)
-    tl.store(old + row, tl.sum(old_count, 0))
-    tl.debug_barrier()
+    if COUNTED:
+        counts += row * 4
+        tl.store(counts, tl.load(counts) + misses)
+        if ATTENDED:
+            tl.store(counts + 1, tl.load(counts + 1) + tl.sum(wanted_count, 0))
+            tl.store(counts + 2, tl.load(counts + 2) + tl.sum(old_count, 0))
+            tl.store(counts + 3, tl.load(counts + 3) + tl.sum(again_count, 0))
 
-    # The first slots in order that are not selected now are the victims; the others close the gaps.
-    idle_before = 0
-    for first in range(0, capacity, TILE):
-        inside = first + lane < capacity
-        slot = tl.load(order + first + lane, mask=inside, other=0)
-        idle = inside & (tl.load(selected + slot, mask=inside, other=0) != now)
-        idles = idle.to(tl.int32)
-        rank = idle_before + tl.cumsum(idles, 0) - idles
-        victim = idle & (rank < misses)
-        # Every thread has read its part of `order` before another writes there.
+    if misses > 0:
         tl.debug_barrier()
-        tl.store(victims + rank, slot, mask=victim)
-        tl.store(selected + slot, now, mask=victim)
-        tl.store(arrived + slot, now, mask=victim)
-        tl.store(order + rank - misses, slot, mask=idle & (rank >= misses))
-        idle_before += tl.sum(idles, 0)
-    tl.debug_barrier()
+        # The stamp of the last slot that must leave: slots are counted by stamp from the oldest on,
+        # and whatever is outside the counted range falls into the last bin.
+        base = tl.load(oldest + row)
+        below = 0
+        threshold = base
+        reached = 0
+        each = tl.arange(0, BINS)
+        while reached < misses:
+            histogram = tl.zeros([BINS], tl.int32)
+            for first in range(0, capacity, TILE):
+                inside = first + lane < capacity
+                age = tl.load(selected + first + lane, mask=inside, other=now) - base
+                counted = inside & (age >= 0) & (age < BINS - 1)
+                histogram += tl.histogram(tl.where(counted, age, BINS - 1), BINS)
+            slots_at = tl.where(each < BINS - 1, histogram, 0)
+            reach = below + tl.cumsum(slots_at, 0)
+            short = reach < misses
+            reached = below + tl.sum(slots_at, 0)
+            threshold = base + tl.sum(short.to(tl.int32), 0)
+            below = tl.maximum(below, tl.max(tl.where(short, reach, 0), 0))
+            base += BINS - 1
+        tl.store(oldest + row, threshold)
 
-    # By slot: those selected now end the order. By token: those that stay are ranked and put aside.
-    # Both counts of a tile fit one number: the scan is the dearest part.
-    chosen_before = idle_before - misses
-    stays = 0
-    for first in range(0, capacity, TILE):
-        i = first + lane
-        inside = i < capacity
-        chosen = inside & (tl.load(selected + i, mask=inside, other=0) == now)
-        token = tl.load(held + i, mask=inside, other=EMPTY)
-        slot = tl.load(held_slots + i, mask=token != EMPTY, other=0)
-        stay = (token != EMPTY) & (tl.load(arrived + slot, mask=token != EMPTY, other=0) != now)
-        both = chosen.to(tl.int32) + (stay.to(tl.int32) << 16)
-        before = tl.cumsum(both, 0) - both
-        rank = stays + (before >> 16)
-        tl.store(order + chosen_before + (before & 0xFFFF), i, mask=chosen)
-        tl.store(stays_before + i, rank, mask=inside)
-        tl.store(stay_tokens + rank, token, mask=stay)
-        tl.store(stay_slots + rank, slot, mask=stay)
-        # Not filled yet.
-        tl.store(held + i, -1, mask=inside)
-        total = tl.sum(both, 0)
-        chosen_before += total & 0xFFFF
-        stays += total >> 16
-    tl.debug_barrier()
+        # Those below the threshold are all victims, and come first; of those at it, the lowest slots.
+        lower_before = 0
+        equal_before = below
+        for first in range(0, capacity, TILE):
+            slot = first + lane
+            stamp = tl.load(selected + slot, mask=slot < capacity, other=now)
+            lower = stamp < threshold
+            equal = stamp == threshold
+            # Both counts of a tile fit one number: the scan is the dearest part.
+            both = lower.to(tl.int32) + (equal.to(tl.int32) << 16)
+            before = tl.cumsum(both, 0) - both
+            rank = equal_before + (before >> 16)
+            tl.store(victims + lower_before + (before & 0xFFFF), slot, mask=lower)
+            tl.store(victims + rank, slot, mask=equal & (rank < misses))
+            total = tl.sum(both, 0)
+            lower_before += total & 0xFFFF
+            equal_before += total >> 16
+        tl.debug_barrier()
 
-    # New tokens go behind the new and the staying ones below them.
-    for first in range(0, misses, TILE):
-        rank = first + lane
-        live = rank < misses
-        index = tl.load(miss_index + rank, mask=live, other=0)
-        place = tl.load(miss_place + rank, mask=live, other=0)
-        slot = tl.load(victims + rank, mask=live, other=0)
-        target = rank + tl.load(stays_before + place, mask=live & (place < capacity), other=stays)
-        tl.store(held + target, tl.load(tokens + index, mask=live, other=0).to(tl.int32), mask=live)
-        tl.store(held_slots + target, slot, mask=live)
-        tl.store(slots + index, slot.to(tl.int64), mask=live)
-    tl.debug_barrier()
-
-    # The staying ones fill what is left, in order.
-    unfilled_before = 0
-    for first in range(0, capacity, TILE):
-        i = first + lane
-        unfilled = tl.load(held + i, mask=i < capacity, other=0) < 0
-        holes = unfilled.to(tl.int32)
-        rank = unfilled_before + tl.cumsum(holes, 0) - holes
-        stay = unfilled & (rank < stays)
-        tl.store(held + i, tl.load(stay_tokens + rank, mask=stay, other=EMPTY), mask=unfilled)
-        tl.store(held_slots + i, tl.load(stay_slots + rank, mask=stay, other=-1), mask=unfilled)
-        unfilled_before += tl.sum(holes, 0)
+        for first in range(0, misses, TILE):
+            i = first + lane
+            live = i < misses
+            slot = tl.load(victims + i, mask=live, other=0)
+            token = tl.load(missing + i, mask=live, other=0)
+            index = tl.load(miss_index + i, mask=live, other=0)
+            left = tl.load(held + slot, mask=live, other=-1)
+            place = (slot + first_place).to(tl.int64)
+            tl.store(page + left, -1, mask=live & (left >= 0))
+            tl.store(page + token, slot, mask=live)
+            tl.store(held + slot, token.to(tl.int32), mask=live)
+            tl.store(selected + slot, now, mask=live)
+            tl.store(arrived + slot, now, mask=live)
+            tl.store(places + index, place, mask=live)
+            tl.store(missing_places + i, place, mask=live)
 
 
-def admit_tokens(state: AdmitState, tokens: Tensor, clock: Tensor, began: Tensor) -> AdmitResult:
+def admit_tokens(
+    state: AdmitState,
+    tokens: Tensor,
+    clock: Tensor,
+    began: Tensor,
+    *,
+    first_place: int = 0,
+    places: Tensor | None = None,
+    counts: Tensor | None = None,
+    attended: bool = True,
+) -> AdmitResult:
     """Give every selected token a slot, in place of the least recently selected ones.
 
-    A token that is held keeps its slot. Each other one takes a victim's: the slots that
-    this admission does not select, in order of (stamp of the last selection, slot
-    number), so empty ones first, are paired with the missing tokens in ascending order.
-    Victims' tokens leave. Every selected slot is stamped `clock`. On CUDA this is one
-    launch, which waits for nothing and may be captured in a graph.
+    A token that is held keeps its slot. The others take those slots that this admission
+    does not select and whose (stamp of the last selection, slot number) is lowest, so
+    empty ones first: in the order of the tokens, the slots below the highest of those
+    stamps by number, then the slots at it by number. Their tokens leave. Every selected
+    slot is stamped `clock`. On CUDA this is one launch, which waits for nothing and may be
+    captured in a graph.
 
     Args:
         state: Changed in place.
-        tokens: int64 [B, Hkv, K] on the state's device, K <= C, below 2**31 - 1;
-            ascending and distinct in a row, -1 for padding.
+        tokens: int64 [B, Hkv, K] on the state's device, K <= C, distinct in a row and
+            below the state's context; -1, anywhere, for padding.
         clock: int32 scalar on the device: the stamp of this admission, at least 1 and
             above the stamps of all earlier ones.
         began: int32 scalar on the device: earlier steps' stamps are below it.
+        first_place: The place of slot 0.
+        places: int64 [B, Hkv, K] for the result, its rows contiguous and one distance apart.
+        counts: int64 [B, Hkv, 4], added to: tokens to fetch; and if `attended` all tokens,
+            those that were there and had arrived before `began`, and those that an
+            admission since `began` had selected too.
+        attended: Whether this selection is the one that is attended to.
 
     Returns:
-        Slots and what must be fetched into them; every element is written.
+        Places, and what must be fetched.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; on the CPU also tokens that do
-            not ascend. On CUDA, where checking would wait for the device, the slots
-            of such a row are still within the state, its tokens' places are not defined.
+        ValueError: shapes, dtypes or devices do not fit; on the CPU also a token beyond
+            the context. On CUDA, where checking would wait for the device, such a token
+            counts as padding.
     """
-    check_admit(state, tokens, clock, began)
+    check_admit(state, tokens, clock, began, places, counts)
+    result = result_for(tokens, places)
     if tokens.is_cuda:
         with launching(tokens.device, "admit_tokens"):
-            return _launch(state, tokens, clock, began)
+            _launch(state, tokens, clock, began, first_place, result, counts, attended)
+        return result
     # Loads Numba, which takes a second: at first use.
     from ds_offload.kernels.admit_cpu import admit_in_place
 
-    result = empty_result(tokens)
-    row = admit_in_place(state, tokens, int(clock), int(began), result)
-    if row >= 0:
-        raise ValueError(disorder(row))
+    _check_tokens(state, tokens)
+    admit_in_place(state, tokens, int(clock), int(began), first_place, result, counts, attended)
     return result
 
 
-def _launch(state: AdmitState, tokens: Tensor, clock: Tensor, began: Tensor) -> AdmitResult:
-    batch, kv_heads, capacity = state.tokens.shape
-    kept = tokens.shape[2]
-    result = empty_result(tokens)
-    if result.moved.numel() == 0:
-        return result
-    scratch = torch.empty(batch * kv_heads, 3, capacity + kept, dtype=torch.int32, device=tokens.device)
+def _launch(
+    state: AdmitState,
+    tokens: Tensor,
+    clock: Tensor,
+    began: Tensor,
+    first_place: int,
+    result: AdmitResult,
+    counts: Tensor | None,
+    attended: bool,
+) -> None:
+    rows, kept, capacity = result.moved.numel(), tokens.shape[2], state.tokens.shape[2]
+    if rows == 0:
+        return
     launch = admit_launch(capacity)
-    _admit_kernel[(batch * kv_heads,)](
-        state.tokens,
-        state.token_slots,
-        state.order,
-        state.selected,
-        state.arrived,
-        tokens.contiguous(),
-        clock,
-        began,
-        result.slots,
-        result.missing,
-        result.moved,
-        result.old,
-        scratch,
-        capacity,
-        kept,
-        EMPTY=EMPTY,
-        STEPS=capacity.bit_length(),
+    _admit_kernel[(rows,)](
+        *(state.page, state.tokens, state.selected, state.arrived, state.oldest),
+        *(tokens.contiguous(), clock, began),
+        *(result.places, result.missing, result.missing_places, result.moved),
+        counts if counts is not None else result.moved,
+        torch.empty(rows, 2, kept, dtype=torch.int32, device=tokens.device),
+        *(result.places.stride(1), state.page.shape[2], capacity, kept, first_place),
+        COUNTED=counts is not None,
+        ATTENDED=attended,
+        BINS=launch.bins,
         TILE=launch.tile,
         num_warps=launch.warps,
     )
+
+
+def admit_tokens_reference(
+    state: AdmitState,
+    tokens: Tensor,
+    clock: Tensor,
+    began: Tensor,
+    *,
+    first_place: int = 0,
+    places: Tensor | None = None,
+    counts: Tensor | None = None,
+    attended: bool = True,
+) -> AdmitResult:
+    """`admit_tokens` in plain Python and torch, row by row. Waits for the device."""
+    check_admit(state, tokens, clock, began, places, counts)
+    _check_tokens(state, tokens)
+    result = result_for(tokens, places)
+    now, step_began = int(clock), int(began)
+    for b, h in torch.cartesian_prod(*(torch.arange(n) for n in tokens.shape[:2])).tolist():
+        page, held, selected, arrived = (x[b, h] for x in (state.page, state.tokens, state.selected, state.arrived))
+        wanted = tokens[b, h][tokens[b, h] >= 0]
+        slots = page[wanted].long()
+        hit = slots >= 0
+        old = int((arrived[slots[hit]] < step_began).sum())
+        again = int((selected[slots[hit]] >= step_began).sum())
+        selected[slots[hit]] = now
+        missing = wanted[~hit]
+        victims = selected.sort(stable=True).indices[: len(missing)]
+        if len(missing):
+            highest = selected[victims[-1]]
+            at_highest = selected[victims] == highest
+            victims = torch.cat((victims[~at_highest].sort().values, victims[at_highest]))
+            state.oldest[b, h] = highest
+        left = held[victims].long()
+        page[left[left >= 0]] = NONE
+        page[missing] = victims.to(page.dtype)
+        held[victims] = missing.int()
+        selected[victims] = now
+        arrived[victims] = now
+        result.missing[b, h, : len(missing)] = missing
+        result.missing_places[b, h, : len(missing)] = victims + first_place
+        result.moved[b, h] = len(missing)
+        result.places[b, h] = NONE
+        result.places[b, h, tokens[b, h] >= 0] = page[wanted].long() + first_place
+        if counts is not None:
+            gained = [len(missing), len(wanted), old, again] if attended else [len(missing), 0, 0, 0]
+            counts[b, h] += torch.tensor(gained, device=counts.device)
     return result
 
 
-def admit_tokens_reference(state: AdmitState, tokens: Tensor, clock: Tensor, began: Tensor) -> AdmitResult:
-    """`admit_tokens` in torch: both orders are sorted anew. Waits for the device."""
-    check_admit(state, tokens, clock, began)
-    wanted = tokens >= 0
-    limit = torch.where(wanted, tokens, EMPTY)
-    wrong = (((limit.diff(dim=-1) <= 0) & wanted[..., 1:]).any(-1) | (tokens >= EMPTY).any(-1)).flatten().nonzero()
-    if len(wrong):
-        raise ValueError(disorder(int(wrong[0])))
-    capacity = state.tokens.shape[2]
-    # A column behind the slots takes what is written for entries that have none.
-    by_slot = torch.full((*state.tokens.shape[:2], capacity + 1), EMPTY, dtype=torch.int32, device=tokens.device)
-    by_slot.scatter_(-1, state.token_slots.long() % (capacity + 1), state.tokens)
-    selected, arrived = (torch.nn.functional.pad(stamps, (0, 1)) for stamps in (state.selected, state.arrived))
-
-    small = tokens.to(torch.int32)
-    place = torch.searchsorted(state.tokens, small).clamp(max=capacity - 1)
-    hit = wanted & (state.tokens.gather(-1, place) == small)
-    hit_slot = torch.where(hit, state.token_slots.gather(-1, place).long(), capacity)
-    selected.scatter_(-1, hit_slot, clock.expand_as(hit_slot))
-    old = hit & (arrived.gather(-1, hit_slot) < began)
-
-    victims = selected[..., :capacity].argsort(dim=-1, stable=True)
-    miss = wanted & ~hit
-    victim = victims.gather(-1, (miss.cumsum(-1) - 1).clamp(min=0))
-    miss_slot = torch.where(miss, victim, capacity)
-    by_slot.scatter_(-1, miss_slot, small)
-    for stamps in (selected, arrived):
-        stamps.scatter_(-1, miss_slot, clock.expand_as(miss_slot))
-
-    held, slots = by_slot[..., :capacity].sort(-1)
-    state.tokens.copy_(held)
-    state.token_slots.copy_(slots.masked_fill(held == EMPTY, -1))
-    state.order.copy_(selected[..., :capacity].argsort(dim=-1, stable=True))
-    state.selected.copy_(selected[..., :capacity])
-    state.arrived.copy_(arrived[..., :capacity])
-    return AdmitResult(
-        slots=torch.where(miss, miss_slot, hit_slot.masked_fill(~hit, 0)),
-        missing=tokens.masked_fill(~miss, -1),
-        moved=miss.sum(-1, dtype=torch.int32),
-        old=old.sum(-1, dtype=torch.int32),
-    )
+def _check_tokens(state: AdmitState, tokens: Tensor) -> None:
+    context = state.page.shape[2]
+    if tokens.numel() and int(tokens.max()) >= context:
+        raise ValueError(f"token {int(tokens.max())} is beyond the state's context of {context} tokens")

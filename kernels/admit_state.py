@@ -7,90 +7,126 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-# The token of an empty slot: sorts behind every real one.
-EMPTY = 2**31 - 1
+# The token of an empty slot, and the slot of a token that has none.
+NONE = -1
+# The most slots whose numbers are kept in 16 bits.
+MOST_SHORT_SLOTS = 2**15 - 1
+
+
+def page_dtype(capacity: int) -> torch.dtype:
+    """How slot numbers below `capacity` are kept: int16 where they fit, else int32."""
+    return torch.int16 if capacity <= MOST_SHORT_SLOTS else torch.int32
 
 
 @dataclass(frozen=True)
 class AdmitState:
-    """Which token each slot of one layer holds, and since when: int32 [B, Hkv, C] each, changed in place.
+    """Which token each slot of one layer holds, and since when; changed in place.
 
-    Two orders are kept from admission to admission, so that none has to sort: the
-    tokens ascending, and the slots by (stamp of their last selection, slot number).
+    Stamps are of admissions: 0 is none yet.
 
     Attributes:
-        tokens: The tokens held, ascending; `EMPTY` behind them.
-        token_slots: Slot of each entry of `tokens`; -1 behind them.
-        order: Every slot number, the one to give away first in front.
-        selected: By slot: stamp of the last admission that selected its token, 0 if none.
-        arrived: By slot: stamp of the admission that brought its token, 0 if none.
+        page: Slot of every token of the context, -1 if it has none: int16 or int32 [B, Hkv, T].
+        tokens: Token of every slot, -1 if it is empty: int32 [B, Hkv, C].
+        selected: Stamp of the last admission that selected the slot's token: int32 [B, Hkv, C].
+        arrived: Stamp of the admission that brought the slot's token: int32 [B, Hkv, C].
+        oldest: No slot was selected before this stamp: int32 [B, Hkv].
     """
 
+    page: Tensor
     tokens: Tensor
-    token_slots: Tensor
-    order: Tensor
     selected: Tensor
     arrived: Tensor
+    oldest: Tensor
 
     @classmethod
-    def empty(cls, batch: int, kv_heads: int, capacity: int, device: torch.device) -> AdmitState:
-        """A state of `capacity` empty slots a head."""
-        shape = (batch, kv_heads, capacity)
-        filled = [torch.full(shape, value, dtype=torch.int32, device=device) for value in (EMPTY, -1, 0, 0, 0)]
-        filled[2] += torch.arange(capacity, dtype=torch.int32, device=device)
-        return cls(*filled)
+    def empty(cls, batch: int, kv_heads: int, capacity: int, context: int, device: torch.device) -> AdmitState:
+        """A state of `capacity` empty slots a head, for tokens below `context`."""
+        heads = (batch, kv_heads)
+        stamps = [torch.zeros(*heads, capacity, dtype=torch.int32, device=device) for _ in range(2)]
+        return cls(
+            torch.full((*heads, context), NONE, dtype=page_dtype(capacity), device=device),
+            torch.full((*heads, capacity), NONE, dtype=torch.int32, device=device),
+            *stamps,
+            torch.zeros(heads, dtype=torch.int32, device=device),
+        )
+
+    def clear(self) -> None:
+        """Empty every slot; later admissions go on counting their stamps."""
+        self.page.fill_(NONE)
+        self.tokens.fill_(NONE)
+        for stamps in (self.selected, self.arrived, self.oldest):
+            stamps.zero_()
 
 
 @dataclass(frozen=True)
 class AdmitResult:
-    """Where admitted tokens are.
+    """Where admitted tokens are, and which of their rows must be fetched.
 
     Attributes:
-        slots: int64 [B, Hkv, K], the slot of each token, 0 to C - 1; 0 for padding.
-        missing: int64 [B, Hkv, K], the token where its row must be fetched into its
-            slot, else -1.
-        moved: int32 [B, Hkv], entries of `missing` that are tokens.
-        old: int32 [B, Hkv], tokens that were there and had arrived before `began`.
+        places: int64 [B, Hkv, K], the place of each token; -1 for padding.
+        missing: int64 [B, Hkv, K]: the first `moved` entries of a head are the tokens
+            to fetch, in the order in which they were given; the others are not written.
+        missing_places: int64 [B, Hkv, K]: where to.
+        moved: int32 [B, Hkv], the number of tokens to fetch.
     """
 
-    slots: Tensor
+    places: Tensor
     missing: Tensor
+    missing_places: Tensor
     moved: Tensor
-    old: Tensor
 
 
-def empty_result(tokens: Tensor) -> AdmitResult:
-    """A result for `tokens` [B, Hkv, K], not filled."""
-    heads = tokens.shape[:2]
-    slots, missing = (torch.empty(tokens.shape, dtype=torch.int64, device=tokens.device) for _ in range(2))
-    moved, old = (torch.empty(heads, dtype=torch.int32, device=tokens.device) for _ in range(2))
-    return AdmitResult(slots, missing, moved, old)
+def result_for(tokens: Tensor, places: Tensor | None) -> AdmitResult:
+    """A result for `tokens` [B, Hkv, K], not filled; `places` is taken if given."""
+    fresh = [torch.empty(tokens.shape, dtype=torch.int64, device=tokens.device) for _ in range(2 + (places is None))]
+    moved = torch.empty(tokens.shape[:2], dtype=torch.int32, device=tokens.device)
+    return AdmitResult(places if places is not None else fresh[2], fresh[0], fresh[1], moved)
 
 
-def disorder(row: int) -> str:
-    """What is wrong with tokens that do not ascend, the first in `row` of B * Hkv."""
-    return f"row {row} of tokens must be below {EMPTY} and ascend without repeats, with -1 only behind the last"
-
-
-def check_admit(state: AdmitState, tokens: Tensor, clock: Tensor, began: Tensor) -> None:
+def check_admit(
+    state: AdmitState, tokens: Tensor, clock: Tensor, began: Tensor, places: Tensor | None, counts: Tensor | None
+) -> None:
     """Raise ValueError unless shapes, dtypes and devices are those of `admit_tokens`."""
-    shape, device = state.tokens.shape, state.tokens.device
-    if tokens.dtype != torch.int64 or tokens.dim() != 3 or tokens.shape[:2] != shape[:2]:
+    heads, capacity, device = state.tokens.shape[:2], state.tokens.shape[-1], state.tokens.device
+    if tokens.dtype != torch.int64 or tokens.dim() != 3 or tokens.shape[:2] != heads:
         raise ValueError(
-            f"tokens {tokens.dtype} {tuple(tokens.shape)} must be int64 [{shape[0]}, {shape[1]}, K] like the state"
+            f"tokens {tokens.dtype} {tuple(tokens.shape)} must be int64 [{heads[0]}, {heads[1]}, K] like the state"
         )
-    if tokens.shape[2] > shape[2]:
-        raise ValueError(f"{tokens.shape[2]} tokens a row need as many slots; the state has {shape[2]}")
+    if tokens.shape[2] > capacity:
+        raise ValueError(f"{tokens.shape[2]} tokens a row need as many slots; the state has {capacity}")
+    shapes = {"page": (*heads, state.page.shape[-1]), "oldest": tuple(heads)}
     for field in fields(state):
         value = getattr(state, field.name)
-        if value.dtype != torch.int32 or value.shape != shape or not value.is_contiguous() or value.device != device:
+        dtype = page_dtype(capacity) if field.name == "page" else torch.int32
+        shape = shapes.get(field.name, (*heads, capacity))
+        if value.dtype != dtype or value.shape != shape or not value.is_contiguous() or value.device != device:
             raise ValueError(
-                f"state.{field.name} {value.dtype} {tuple(value.shape)} on {value.device} must be int32 "
-                f"{tuple(shape)}, contiguous, on {device}"
+                f"state.{field.name} {value.dtype} {tuple(value.shape)} on {value.device} must be {dtype} "
+                f"{shape}, contiguous, on {device}"
             )
     for name, value in (("clock", clock), ("began", began)):
         if value.dtype != torch.int32 or value.dim() != 0:
             raise ValueError(f"{name} {value.dtype} {tuple(value.shape)} must be an int32 scalar")
-    for name, value in (("tokens", tokens), ("clock", clock), ("began", began)):
+    given = [("tokens", tokens), ("clock", clock), ("began", began)]
+    if places is not None:
+        given.append(("places", places))
+        if places.dtype != torch.int64 or places.shape != tokens.shape or not _rows_apart(places):
+            raise ValueError(
+                f"places {places.dtype} {tuple(places.shape)} with strides {places.stride()} must be int64 "
+                f"{tuple(tokens.shape)}, its rows contiguous and one distance apart"
+            )
+    if counts is not None:
+        given.append(("counts", counts))
+        if counts.dtype != torch.int64 or counts.shape != (*heads, 4) or not counts.is_contiguous():
+            raise ValueError(f"counts {counts.dtype} {tuple(counts.shape)} must be int64 {(*heads, 4)}, contiguous")
+    for name, value in given:
         if value.device != device:
             raise ValueError(f"{name} is on {value.device}; it must be on {device} like the state")
+
+
+def _rows_apart(places: Tensor) -> bool:
+    """Whether the heads of [B, Hkv, K] lie one stride apart, all B * Hkv of them, each contiguous."""
+    between_sequences, between_heads, between = places.stride()
+    return (between == 1 or places.shape[2] <= 1) and (
+        places.shape[0] <= 1 or between_sequences == places.shape[1] * between_heads
+    )

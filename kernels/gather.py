@@ -7,114 +7,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_offload.kernels.segment_table import SegmentTable, row_address
 from ds_offload.kernels.triton_runtime import jit, launching, power_of_two, tl
 
 
 @dataclass(frozen=True)
-class SegmentTable:
-    """Where the K/V rows of B sequences lie.
-
-    Token t of sequence b is row t % S of segment t // S. The lists and `addresses` may
-    be filled in as sequences grow; whoever adds a segment writes its address too.
-
-    Attributes:
-        tensors: [B][n] tensors [L, Hkv, S, 2, D], contiguous, of one dtype: pinned host
-            memory, plain host memory or device memory.
-        addresses: int64 [B, max_segments] on the compute device: each segment's
-            `data_ptr()`, a multiple of 16, and 0 where there is none. CUDA kernels
-            reach the rows through these, so pinned memory is read in place.
-        segment_tokens: S.
-    """
-
-    tensors: list[list[Tensor]]
-    addresses: Tensor
-    segment_tokens: int
-
-    def check(self, layer: int, batch: int, row: tuple[int, int], dtype: torch.dtype) -> None:
-        """Raise ValueError unless the table has `batch` sequences with rows of that shape.
-
-        Args:
-            layer: Layer that is to be reached.
-            batch: B.
-            row: (Hkv, D) of the rows to exchange.
-            dtype: Their dtype.
-        """
-        if len(self.tensors) != batch or self.addresses.shape[:1] != (batch,) or self.addresses.dim() != 2:
-            raise ValueError(
-                f"the table has {len(self.tensors)} sequences and addresses {tuple(self.addresses.shape)}; "
-                f"the rows are of {batch}"
-            )
-        if self.addresses.dtype != torch.int64 or not self.addresses.is_contiguous():
-            raise ValueError("addresses must be int64 and contiguous")
-        segment = next((segments[0] for segments in self.tensors if segments), None)
-        if segment is None:
-            return
-        shape = (segment.shape[0], row[0], self.segment_tokens, 2, row[1])
-        if segment.shape != shape or segment.dtype != dtype:
-            raise ValueError(f"segments are {segment.dtype} {tuple(segment.shape)}; the rows need {dtype} {shape}")
-        if segment.data_ptr() % 16:
-            raise ValueError(f"segments must begin at a multiple of 16 bytes, not at {segment.data_ptr():#x}")
-        if not 0 <= layer < segment.shape[0]:
-            raise ValueError(f"layer={layer} is not one of the table's {segment.shape[0]} layers")
-
-
-@dataclass(frozen=True)
 class GatherLaunch:
-    """Launch of the CUDA kernel: programs, rows each copies at a time, warps of a program."""
+    """Launch of the CUDA kernel: programs, parts of a head's list, rows copied at a time, warps of a program."""
 
     programs: int
+    parts: int
     tile_rows: int
     warps: int
 
 
-def gather_launch(rows: int, row_bytes: int) -> GatherLaunch:
-    """The launch for a number of rows (at least 1) of `row_bytes` bytes.
+def gather_launch(pairs: int, kept: int, row_bytes: int) -> GatherLaunch:
+    """The launch for lists of `kept` entries of `pairs` sequences and KV heads, each at least 1.
 
     64 programs of 4 warps saturate a PCIe 5 x16 link (32 nearly do) and leave the other
     multiprocessors to the compute stream. A program has about 16 KiB in flight, so that
-    all of them cover the link's latency; entries that are skipped count as rows here, so
-    a list of mostly skipped entries runs well below the link's speed.
+    all of them cover the link's latency. More heads than programs come in four parts each,
+    so that the last turn is a small share of the work.
     """
     tile_rows = max(1, 16384 // (4 * power_of_two(row_bytes // 4)))
-    return GatherLaunch(programs=min(64, -(-rows // tile_rows)), tile_rows=tile_rows, warps=4)
+    parts = min(-(-kept // tile_rows), max(1, 64 // pairs) if pairs <= 64 else 4)
+    return GatherLaunch(programs=min(64, pairs * parts), parts=parts, tile_rows=tile_rows, warps=4)
 
 
-@jit
-def row_address(
-    addresses,
-    b,
-    h,
-    token,
-    live,
-    layer,
-    heads,
-    segments,
-    SEGMENT_TOKENS: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-):
-    """Where tokens' rows lie, for use inside a kernel: int64 addresses, 0 where there is no row.
-
-    Args:
-        addresses: Pointer to int64 [B, segments], see `SegmentTable`.
-        b, h, token: Integer tensors of one shape: sequence, KV head, token number.
-        live: bool of that shape; where it is false nothing is read and the result is 0.
-    """
-    live = live & (token < segments * SEGMENT_TOKENS)
-    # A division in 32 bits is several times faster than in 64.
-    token = tl.where(live, token, 0).to(tl.int32)
-    base = tl.load(addresses + b * segments + token // SEGMENT_TOKENS, mask=live, other=0)
-    row = (h.to(tl.int64) + layer * heads) * SEGMENT_TOKENS + token % SEGMENT_TOKENS
-    return tl.where(base != 0, base + row * ROW_BYTES, 0)
-
-
-@jit(do_not_specialize=["rows", "rows_per_program", "layer", "kept", "segments", "capacity"])
+@jit(do_not_specialize=["pairs", "parts", "layer", "kept", "segments", "capacity"])
 def _gather_kernel(
     addresses,
     tokens,
     slots,
+    counts,
     out,
-    rows,
-    rows_per_program,
+    timer,
+    pairs,
+    parts,
     layer,
     heads,
     kept,
@@ -123,33 +52,53 @@ def _gather_kernel(
     stride_b,
     stride_h,
     stride_slot,
+    COUNTED: tl.constexpr,
+    TIMED: tl.constexpr,
     SEGMENT_TOKENS: tl.constexpr,
     ROW_WORDS: tl.constexpr,
     WORDS_PAD: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
-    """Copies rows as 4-byte words, a contiguous range of entries per program; strides of `out` in words."""
-    start = tl.program_id(0) * rows_per_program
-    last = tl.minimum(start + rows_per_program, rows)
+    """Copies rows as 4-byte words, tile by tile of one part of a head's list; strides of `out` in words."""
+    began = tl.zeros([1], tl.int64)
+    if TIMED:
+        began += tl.extra.cuda.globaltimer()
+    copied_tiles = 0
     word = tl.arange(0, WORDS_PAD)
-    while start < last:
-        index = start + tl.arange(0, TILE_ROWS)
-        token = tl.load(tokens + index, mask=index < last, other=-1)
-        slot = tl.load(slots + index, mask=index < last, other=-1)
-        live = (token >= 0) & (slot >= 0) & (slot < capacity)
-        b = index // kept // heads
-        h = index // kept % heads
-        address = row_address(addresses, b, h, token, live, layer, heads, segments, SEGMENT_TOKENS, ROW_WORDS * 4)
-        copied = (address != 0)[:, None] & (word < ROW_WORDS)[None, :]
-        source = address.to(tl.pointer_type(tl.int32))[:, None] + word[None, :]
-        row = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + slot * stride_slot
-        target = out + row[:, None] + word[None, :]
-        # Loaded addresses carry no alignment the compiler could see; without the hint it copies word by word.
-        source = tl.multiple_of(source, [1, ALIGNMENT])
-        target = tl.multiple_of(target, [1, ALIGNMENT])
-        tl.store(target, tl.load(source, mask=copied, other=0), mask=copied)
-        start += TILE_ROWS
+    unit = tl.program_id(0)
+    while unit < pairs * parts:
+        pair = unit % pairs
+        first = unit // pairs * TILE_ROWS
+        listed = kept
+        if COUNTED:
+            listed = tl.load(counts + pair)
+        list_start = pair.to(tl.int64) * kept
+        b = pair // heads + tl.zeros([TILE_ROWS], tl.int32)
+        h = pair % heads + tl.zeros([TILE_ROWS], tl.int32)
+        out_rows = out + (pair // heads).to(tl.int64) * stride_b + (pair % heads).to(tl.int64) * stride_h
+        while first < listed:
+            index = first + tl.arange(0, TILE_ROWS)
+            token = tl.load(tokens + list_start + index, mask=index < listed, other=-1)
+            slot = tl.load(slots + list_start + index, mask=index < listed, other=-1)
+            live = (token >= 0) & (slot >= 0) & (slot < capacity)
+            address = row_address(addresses, b, h, token, live, layer, heads, segments, SEGMENT_TOKENS, ROW_WORDS * 4)
+            copied = (address != 0)[:, None] & (word < ROW_WORDS)[None, :]
+            source = address.to(tl.pointer_type(tl.int32))[:, None] + word[None, :]
+            target = out_rows + (slot * stride_slot)[:, None] + word[None, :]
+            # Loaded addresses carry no alignment the compiler could see; without the hint it copies word by word.
+            source = tl.multiple_of(source, [1, ALIGNMENT])
+            target = tl.multiple_of(target, [1, ALIGNMENT])
+            tl.store(target, tl.load(source, mask=copied, other=0), mask=copied)
+            first += parts * TILE_ROWS
+            copied_tiles += 1
+        unit += tl.num_programs(0)
+    if TIMED:
+        # Every store is on its way before the time is taken: loads from the host were waited for.
+        tl.debug_barrier()
+        if copied_tiles > 0:
+            tl.atomic_min(timer + tl.arange(0, 1), began)
+            tl.atomic_max(timer + 1 + tl.arange(0, 1), tl.zeros([1], tl.int64) + tl.extra.cuda.globaltimer())
 
 
 def row_alignment(words: Tensor) -> int:
@@ -158,12 +107,20 @@ def row_alignment(words: Tensor) -> int:
     return 16 if words.data_ptr() % 16 == 0 and all(stride % 4 == 0 for stride in strides) else 4
 
 
-def gather_rows(table: SegmentTable, layer: int, tokens: Tensor, slots: Tensor, out: Tensor) -> Tensor:
+def gather_rows(
+    table: SegmentTable,
+    layer: int,
+    tokens: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    counts: Tensor | None = None,
+    timer: Tensor | None = None,
+) -> Tensor:
     """Copy the K/V rows of chosen tokens into chosen slots.
 
     out[b, h, slots[b, h, i]] = row of token tokens[b, h, i] of sequence b, for every
-    entry with tokens >= 0; other slots are left as they are. Ascending tokens are read
-    fastest.
+    entry with tokens >= 0 and i < counts[b, h]; other slots are left as they are.
+    Ascending tokens are read fastest, and a list without entries to skip.
 
     Args:
         table: Where the rows lie.
@@ -172,6 +129,10 @@ def gather_rows(table: SegmentTable, layer: int, tokens: Tensor, slots: Tensor, 
         slots: int64 [B, Hkv, K]; distinct among a head's entries that are not skipped.
         out: [B, Hkv, C, 2, D] of the table's dtype on the compute device, changed in
             place; each row contiguous, rows and heads may be strided.
+        counts: int32 [B, Hkv], entries of each head that are looked at; None is all.
+        timer: int64 [2] on the CUDA device: where a row is copied, the first becomes the
+            lower of itself and the time the copying began, the second the higher of itself
+            and the time it ended, in nanoseconds of the device's clock.
 
     Returns:
         `out`.
@@ -181,41 +142,61 @@ def gather_rows(table: SegmentTable, layer: int, tokens: Tensor, slots: Tensor, 
             has no segment, or a slot outside `out`. On CUDA, where checking would wait
             for the device, such an entry is skipped.
     """
-    _check_gather(table, layer, tokens, slots, out)
+    _check_gather(table, layer, tokens, slots, out, counts, timer)
     words = out.view(*out.shape[:3], 2 * out.shape[4]).view(torch.int32)
     if out.is_cuda:
         with launching(out.device, "gather_rows"):
-            _launch(table, layer, tokens, slots, words)
+            _launch(table, layer, tokens, slots, words, counts, timer)
         return out
     # Loads Numba, which takes a second: at first use.
     from ds_offload.kernels.gather_cpu import gather_by_address
 
+    tokens = _listed(tokens, counts)
     missing = gather_by_address(table.addresses, tokens, slots, words, layer, table.segment_tokens)
     if missing:
         raise ValueError(f"{missing} tokens have no segment in the table or a slot beyond the {out.shape[2]} of out")
     return out
 
 
-def _launch(table: SegmentTable, layer: int, tokens: Tensor, slots: Tensor, words: Tensor) -> None:
-    rows = tokens.numel()
-    if rows == 0:
+def _listed(tokens: Tensor, counts: Tensor | None) -> Tensor:
+    """`tokens` with -1 behind the first `counts` of each head."""
+    if counts is None:
+        return tokens
+    return tokens.masked_fill(torch.arange(tokens.shape[2], device=tokens.device) >= counts[..., None], -1)
+
+
+def _launch(
+    table: SegmentTable,
+    layer: int,
+    tokens: Tensor,
+    slots: Tensor,
+    words: Tensor,
+    counts: Tensor | None = None,
+    timer: Tensor | None = None,
+) -> None:
+    batch, heads, kept = tokens.shape
+    if tokens.numel() == 0:
         return
-    launch = gather_launch(rows, 4 * words.shape[3])
+    launch = gather_launch(batch * heads, kept, 4 * words.shape[3])
     _gather_kernel[(launch.programs,)](
         table.addresses,
         tokens.contiguous(),
         slots.contiguous(),
+        counts,
         words,
-        rows,
-        -(-rows // launch.programs),
+        timer,
+        batch * heads,
+        launch.parts,
         layer,
-        words.shape[1],
-        tokens.shape[2],
+        heads,
+        kept,
         table.addresses.shape[1],
         words.shape[2],
         words.stride(0),
         words.stride(1),
         words.stride(2),
+        COUNTED=counts is not None,
+        TIMED=timer is not None,
         SEGMENT_TOKENS=table.segment_tokens,
         ROW_WORDS=words.shape[3],
         WORDS_PAD=power_of_two(words.shape[3]),
@@ -225,9 +206,18 @@ def _launch(table: SegmentTable, layer: int, tokens: Tensor, slots: Tensor, word
     )
 
 
-def gather_rows_reference(table: SegmentTable, layer: int, tokens: Tensor, slots: Tensor, out: Tensor) -> Tensor:
-    """`gather_rows` in torch: per sequence and segment one flat `index_select`. Waits for the device."""
-    _check_gather(table, layer, tokens, slots, out)
+def gather_rows_reference(
+    table: SegmentTable,
+    layer: int,
+    tokens: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    counts: Tensor | None = None,
+    timer: Tensor | None = None,
+) -> Tensor:
+    """`gather_rows` in torch: per sequence and segment one flat `index_select`. Waits for the device; times nothing."""
+    _check_gather(table, layer, tokens, slots, out, counts, timer)
+    tokens = _listed(tokens, counts)
     size = table.segment_tokens
     kv_heads, capacity, dim = out.shape[1], out.shape[2], out.shape[4]
     heads = torch.arange(kv_heads)[:, None]
@@ -248,7 +238,15 @@ def gather_rows_reference(table: SegmentTable, layer: int, tokens: Tensor, slots
     return out
 
 
-def _check_gather(table: SegmentTable, layer: int, tokens: Tensor, slots: Tensor, out: Tensor) -> None:
+def _check_gather(
+    table: SegmentTable,
+    layer: int,
+    tokens: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    counts: Tensor | None,
+    timer: Tensor | None,
+) -> None:
     if out.dim() != 5 or out.shape[3] != 2 or out.stride()[3:] != (out.shape[4], 1):
         raise ValueError(f"out {tuple(out.shape)} must be [B, Hkv, C, 2, D] with contiguous rows")
     batch, kv_heads, _, _, dim = out.shape
@@ -260,5 +258,12 @@ def _check_gather(table: SegmentTable, layer: int, tokens: Tensor, slots: Tensor
     if tokens.shape != slots.shape:
         raise ValueError(f"tokens {tuple(tokens.shape)} and slots {tuple(slots.shape)} must have one shape")
     table.check(layer, batch, (kv_heads, dim), out.dtype)
-    if table.addresses.device != out.device:
-        raise ValueError(f"addresses are on {table.addresses.device}; they must be on {out.device} like out")
+    if counts is not None and (
+        counts.dtype != torch.int32 or counts.shape != tokens.shape[:2] or not counts.is_contiguous()
+    ):
+        raise ValueError(f"counts {counts.dtype} {tuple(counts.shape)} must be int32 {(batch, kv_heads)}, contiguous")
+    if timer is not None and (timer.dtype != torch.int64 or timer.shape != (2,) or not timer.is_cuda):
+        raise ValueError(f"timer {timer.dtype} {tuple(timer.shape)} on {timer.device} must be int64 (2,) on CUDA")
+    for name, value in (("addresses", table.addresses), ("counts", counts), ("timer", timer)):
+        if value is not None and value.device != out.device:
+            raise ValueError(f"{name} is on {value.device}; it must be on {out.device} like out")

@@ -1,8 +1,10 @@
 """The CPU's label scores: packed bytes looked up in tables made per query, never unpacked.
 
 One byte holds the codes of a few channels, so its contribution to a score is one of 256
-numbers. Measured on one core against torch's unpack and product, 65,536 tokens of 3 KV
-heads with 3 query heads each, 28 channels of 2 bits: 3.6 ms against 52 ms.
+numbers. They and their sums are whole numbers, exact in float32 below 2 ** 24, and its
+additions take less time here than those of integers. Measured on one core, 65,536 tokens
+of 3 KV heads with 3 query heads each, 28 channels of 2 bits: 2.1 ms, against 5.1 ms for
+the torch reference.
 
 Import this module at first use: it loads Numba.
 """
@@ -13,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_offload.kernels.label_codec import LabelLayout, byte_levels, decode_scales
+from ds_offload.kernels.label_codec import byte_levels, decode_scales
+from ds_offload.kernels.label_scores_inputs import ScoreInputs
 from ds_offload.kernels.numba_runtime import compiled, run_split
 
 BLOCK_TOKENS = 512
@@ -21,26 +24,28 @@ BLOCK_TOKENS = 512
 LOOKUPS_PER_THREAD = 250_000
 
 
-@compiled("float32[:,:,::1](float32[:,:,::1], float32[:,::1], int64)")
-def _byte_tables(query, levels, code_bytes):
-    """What each value of each code byte adds to a head's score: [B * H, code bytes, 256]."""
-    batch, heads, channels = query.shape
-    table = np.zeros((batch * heads, code_bytes, 256), np.float32)
+@compiled("float32[:,:,::1](float32[:,::1], float32[:,::1], int64)")
+def _byte_tables(codes, levels, code_bytes):
+    """What each value of each code byte adds to a head's sum, whole numbers: [B * H, code bytes, 256]."""
+    rows, channels = codes.shape
+    table = np.zeros((rows, code_bytes, 256), np.float32)
     per_byte = levels.shape[1]
-    for row in range(batch * heads):
+    for row in range(rows):
         for channel in range(channels):
-            weight = query[row // heads, row % heads, channel]
+            code = codes[row, channel]
             for value in range(256):
-                table[row, channel // per_byte, value] += weight * levels[value, channel % per_byte]
+                table[row, channel // per_byte, value] += code * levels[value, channel % per_byte]
     return table
 
 
 @compiled(
-    "void(uint8[:,:,:], float32[:,:,::1], float32[::1], int64[::1], int64[::1], float32[:,:,::1], int64, int64, int64)"
+    "void(uint8[:,:,:], float32[:,:,::1], float32[::1], float32[::1], int64[::1], int64[::1], float32[:,:,::1], "
+    "int64, int64, int64)"
 )
-def _score_blocks(labels, table, scales, starts, lengths, out, block_tokens, first_item, last_item):
+def _score_blocks(labels, table, factors, scales, starts, lengths, out, block_tokens, first_item, last_item):
     """Scores blocks of tokens, numbered by sequence, KV head and place."""
     kv_heads, code_bytes = labels.shape[0], table.shape[1]
+    scale_byte = labels.shape[2] - 1
     heads, max_length = out.shape[1:]
     group = heads // kv_heads
     blocks = (max_length + block_tokens - 1) // block_tokens
@@ -50,26 +55,36 @@ def _score_blocks(labels, table, scales, starts, lengths, out, block_tokens, fir
         last = min(first + block_tokens, max_length)
         end = max(first, min(last, lengths[b]))
         for head in range(h * group, (h + 1) * group):
+            values, factor = table[b * heads + head], factors[b * heads + head]
             for t in range(first, end):
+                row = starts[b] + t
                 total = np.float32(0)
                 for place in range(code_bytes):
-                    total += table[b * heads + head, place, labels[h, starts[b] + t, place]]
-                out[b, head, t] = total * scales[labels[h, starts[b] + t, code_bytes]]
+                    total += values[place, labels[h, row, place]]
+                out[b, head, t] = total * factor * scales[labels[h, row, scale_byte]]
             for t in range(end, last):
                 out[b, head, t] = -np.inf
 
 
-def scores_from_bytes(
-    labels: Tensor, layout: LabelLayout, query: Tensor, starts: Tensor, lengths: Tensor, scaling: float, out: Tensor
-) -> None:
-    """Fill `out` as `label_scores` says; every argument checked, on the CPU, bits below 16."""
-    table = _byte_tables(query.contiguous().numpy(), byte_levels(layout).numpy(), layout.code_bytes)
-    scales = decode_scales(torch.arange(256, dtype=torch.uint8)).mul_(scaling).numpy()
-    starts_lengths = [value.contiguous().numpy() for value in (starts, lengths)]
-    rows, scores = labels.numpy(), out.numpy()
+def scores_from_bytes(inputs: ScoreInputs, codes: Tensor, factors: Tensor, out: Tensor) -> None:
+    """Fill `out` as `label_scores` says; every argument checked, on the CPU, bits below 16.
+
+    Args:
+        inputs: The arguments of `label_scores`.
+        codes, factors: The queries from `quantise_query`.
+        out: float32 [B, H, max_length], contiguous.
+    """
+    layout = inputs.layout
+    levels = byte_levels(layout).to(torch.float32).numpy()
+    table = _byte_tables(codes.flatten(0, 1).contiguous().numpy(), levels, layout.code_bytes)
+    scales = decode_scales(torch.arange(256, dtype=torch.uint8)).numpy()
+    per_head, starts, lengths = (
+        value.flatten().contiguous().numpy() for value in (factors, inputs.starts, inputs.lengths)
+    )
+    labels, scores = inputs.labels.numpy(), out.numpy()
 
     def part(first: int, last: int) -> None:
-        _score_blocks(rows, table, scales, *starts_lengths, scores, BLOCK_TOKENS, first, last)
+        _score_blocks(labels, table, per_head, scales, starts, lengths, scores, BLOCK_TOKENS, first, last)
 
-    blocks = -(-out.shape[2] // BLOCK_TOKENS)
-    run_split(part, out.shape[0] * labels.shape[0] * blocks, out.numel() * layout.code_bytes // LOOKUPS_PER_THREAD)
+    blocks = -(-inputs.max_length // BLOCK_TOKENS)
+    run_split(part, inputs.batch * inputs.kv_heads * blocks, out.numel() * layout.code_bytes // LOOKUPS_PER_THREAD)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_offload.kernels.gather import gather_rows
+from ds_offload.kernels.segment_table import SegmentTable
 from ds_offload.kernels.slot_attention_kernels import combine_kernel, tensor_core_kernel, vector_kernel
 from ds_offload.kernels.sparse_attention import sparse_attention
-from ds_offload.kernels.triton_runtime import launching, power_of_two
+from ds_offload.kernels.triton_runtime import launching, power_of_two, tl
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # Splits and channels that a program of the second kernel combines at a time: 16 float32 registers a thread,
@@ -67,7 +69,31 @@ def slot_attention_launch(
     return SlotAttentionLaunch(False, 1, split=split, tile=max(8, min(64, tile)), warps=4, stages=3)
 
 
-def slot_attention(query: Tensor, rows: Tensor, slots: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows of one layer of a store, read where they lie: slots are token numbers.
+
+    Attributes:
+        table: The store's segments.
+        layer: Layer of them.
+        kv_heads, head_dim, dtype: Of its rows.
+    """
+
+    table: SegmentTable
+    layer: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the addresses of a sequence have room for."""
+        return self.table.addresses.shape[1] * self.table.segment_tokens
+
+
+def slot_attention(
+    query: Tensor, rows: Tensor | StoredRows, slots: Tensor, scaling: float, out: Tensor | None = None
+) -> Tensor:
     """Exact softmax attention over the rows that `slots` names.
 
     Accumulates in float32. On CUDA the result depends on the named rows in the list's
@@ -78,7 +104,7 @@ def slot_attention(query: Tensor, rows: Tensor, slots: Tensor, scaling: float, o
         query: [B, H, D], contiguous; float32, float16 or bfloat16; H a multiple of Hkv.
         rows: [B, Hkv, C, 2, D], K and V side by side; float32, float16 or bfloat16; each
             row contiguous, rows, heads and sequences may be strided. Rows that no slot
-            names may hold anything.
+            names may hold anything. Or the rows of a store on the device.
         slots: int64 [B, Hkv, P]; -1, anywhere in the list: skip. At least one entry of
             each head is not skipped.
         scaling: Factor of the scores, 1 / sqrt(D) as a rule.
@@ -97,6 +123,8 @@ def slot_attention(query: Tensor, rows: Tensor, slots: Tensor, scaling: float, o
         with launching(query.device, "slot_attention"):
             _launch(query, rows, slots, scaling, out)
         return out
+    if isinstance(rows, StoredRows):
+        rows, slots = _gathered_store(rows, slots)
     _check_slots(rows, slots)
     if query.numel() == 0:
         return out
@@ -119,11 +147,27 @@ def _gathered(rows: Tensor, slots: Tensor) -> Tensor:
     return flat.index_select(0, places.flatten()).view(*slots.shape, 2, head_dim)
 
 
-def _launch(query: Tensor, rows: Tensor, slots: Tensor, scaling: float, out: Tensor) -> None:
+def _gathered_store(rows: StoredRows, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """The named rows of a store side by side, and where each entry of `slots` finds its own."""
+    gathered = torch.zeros(*slots.shape, 2, rows.head_dim, dtype=rows.dtype, device=slots.device)
+    places = torch.arange(slots.shape[2], device=slots.device).expand_as(slots)
+    gather_rows(rows.table, rows.layer, slots, places, gathered)
+    return gathered, torch.where(slots >= 0, places, -1)
+
+
+def _launch(query: Tensor, rows: Tensor | StoredRows, slots: Tensor, scaling: float, out: Tensor) -> None:
     batch, heads, head_dim = query.shape
-    kv_heads, capacity, count = rows.shape[1], rows.shape[2], slots.shape[2]
+    count = slots.shape[2]
     if query.numel() == 0:
         return
+    layer = segments = segment_tokens = 0
+    if isinstance(rows, StoredRows):
+        kv_heads, capacity, source = rows.kv_heads, rows.tokens, rows.table.addresses
+        layer, segments, segment_tokens = rows.layer, source.shape[1], rows.table.segment_tokens
+        alignment, strides = math.gcd(16, head_dim * rows.dtype.itemsize), (0, 0, 0)
+    else:
+        kv_heads, capacity, source = rows.shape[1], rows.shape[2], rows
+        alignment, strides = row_alignment(rows), rows.stride()[:3]
     group = heads // kv_heads
     launch = slot_attention_launch(group, head_dim, query.dtype, rows.dtype)
     splits = -(-count // launch.split)
@@ -132,7 +176,7 @@ def _launch(query: Tensor, rows: Tensor, slots: Tensor, scaling: float, out: Ten
     kernel, shared = (tensor_core_kernel, {"HEADS": launch.heads}) if launch.tensor_cores else (vector_kernel, {})
     kernel[(splits, batch * kv_heads, -(-group // launch.heads))](
         query,
-        rows,
+        source,
         slots.contiguous(),
         partial,
         stats,
@@ -140,14 +184,18 @@ def _launch(query: Tensor, rows: Tensor, slots: Tensor, scaling: float, out: Ten
         kv_heads,
         count,
         capacity,
-        *rows.stride()[:3],
+        *strides,
+        layer,
+        segments,
+        SEGMENT_TOKENS=segment_tokens,
+        ELEMENT=getattr(tl, str(rows.dtype).removeprefix("torch.")),
         G=group,
         D=head_dim,
         D_PAD=max(16, power_of_two(head_dim)),
         SPLIT=launch.split,
         TILE=launch.tile,
         STAGES=launch.stages,
-        ALIGNMENT=row_alignment(rows),
+        ALIGNMENT=alignment,
         **shared,
         num_warps=launch.warps,
     )
@@ -164,10 +212,12 @@ def row_alignment(rows: Tensor) -> int:
 
 
 def slot_attention_reference(
-    query: Tensor, rows: Tensor, slots: Tensor, scaling: float, out: Tensor | None = None
+    query: Tensor, rows: Tensor | StoredRows, slots: Tensor, scaling: float, out: Tensor | None = None
 ) -> Tensor:
     """`slot_attention` in torch, float32, written out. Waits for the device."""
     out = _checked_out(query, rows, slots, out)
+    if isinstance(rows, StoredRows):
+        rows, slots = _gathered_store(rows, slots)
     _check_slots(rows, slots)
     sequences, kv_heads = rows.shape[:2]
     valid = slots >= 0
@@ -187,16 +237,23 @@ def _check_slots(rows: Tensor, slots: Tensor) -> None:
         raise ValueError("slots name no row for some head; each needs at least one that is not -1")
 
 
-def _checked_out(query: Tensor, rows: Tensor, slots: Tensor, out: Tensor | None) -> Tensor:
+def _checked_out(query: Tensor, rows: Tensor | StoredRows, slots: Tensor, out: Tensor | None) -> Tensor:
     """The result's tensor, after every argument's shape, dtype and device is checked."""
     if query.dim() != 3 or query.dtype not in FLOATS or not query.is_contiguous():
         raise ValueError(f"query {query.dtype} {tuple(query.shape)} must be float [B, H, D], contiguous")
     batch, heads, head_dim = query.shape
-    if rows.dim() != 5 or rows.dtype not in FLOATS or rows.shape[::4] != (batch, head_dim) or rows.shape[3] != 2:
+    device = rows.table.addresses.device if isinstance(rows, StoredRows) else rows.device
+    if isinstance(rows, StoredRows):
+        kv_heads = rows.kv_heads
+        if rows.head_dim != head_dim or rows.dtype not in FLOATS:
+            raise ValueError(f"stored rows {rows.dtype} of {rows.head_dim} channels must be float of {head_dim}")
+        rows.table.check(rows.layer, batch, (kv_heads, head_dim), rows.dtype)
+    elif rows.dim() != 5 or rows.dtype not in FLOATS or rows.shape[::4] != (batch, head_dim) or rows.shape[3] != 2:
         raise ValueError(f"rows {rows.dtype} {tuple(rows.shape)} must be float [{batch}, Hkv, C, 2, {head_dim}]")
-    kv_heads = rows.shape[1]
-    if rows.stride()[3:] != (head_dim, 1):
+    elif rows.stride()[3:] != (head_dim, 1):
         raise ValueError(f"rows with strides {rows.stride()} must have K and V of each row side by side")
+    else:
+        kv_heads = rows.shape[1]
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"{heads} query heads must be a multiple of the rows' {kv_heads} KV heads")
     if slots.dtype != torch.int64 or slots.dim() != 3 or slots.shape[:2] != (batch, kv_heads) or slots.shape[2] < 1:
@@ -205,7 +262,7 @@ def _checked_out(query: Tensor, rows: Tensor, slots: Tensor, out: Tensor | None)
         out = torch.empty_like(query)
     elif out.dtype != query.dtype or out.shape != query.shape or not out.is_contiguous():
         raise ValueError(f"out {out.dtype} {tuple(out.shape)} must be {query.dtype} {tuple(query.shape)}, contiguous")
-    for name, value in (("rows", rows), ("slots", slots), ("out", out)):
-        if value.device != query.device:
-            raise ValueError(f"{name} is on {value.device}; it must be on {query.device} like the query")
+    for name, where in (("rows", device), ("slots", slots.device), ("out", out.device)):
+        if where != query.device:
+            raise ValueError(f"{name} is on {where}; it must be on {query.device} like the query")
     return out

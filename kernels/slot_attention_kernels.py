@@ -8,6 +8,7 @@ weighted sum of V in `partial` float32 [B * H, splits, D]. Scores are in powers 
 
 from __future__ import annotations
 
+from ds_offload.kernels.segment_table import row_address
 from ds_offload.kernels.triton_runtime import jit, tl
 
 
@@ -20,12 +21,45 @@ def slot_tile(slots, index, count, capacity):
 
 
 @jit
-def row_tile(rows, slot, live, channel, row_stride, HALF: tl.constexpr, D: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """K (HALF 0) or V (HALF 1) of the rows at `slot` [N], as [N, channels]: 0 where not live or beyond D."""
-    pointers = rows + slot[:, None] * row_stride + (HALF * D + channel)[None, :]
+def row_pointers(
+    rows,
+    slot,
+    live,
+    b,
+    h,
+    kv_heads,
+    layer,
+    segments,
+    stride_b,
+    stride_h,
+    stride_row,
+    SEGMENT_TOKENS: tl.constexpr,
+    D: tl.constexpr,
+    ELEMENT: tl.constexpr,
+):
+    """Pointers to the rows at `slot` [N] of sequence b and KV head h, and which of them are there.
+
+    Without segments `rows` points to a tensor with strides; with them to int64 addresses
+    of segments (kernels/segment_table.py), and slots are token numbers.
+    """
+    if SEGMENT_TOKENS == 0:
+        pointers = rows + b * stride_b + h * stride_h + slot * stride_row
+    else:
+        ROW_BYTES: tl.constexpr = 2 * D * ELEMENT.primitive_bitwidth // 8
+        sequence, head = tl.zeros_like(slot) + b, tl.zeros_like(slot) + h
+        address = row_address(rows, sequence, head, slot, live, layer, kv_heads, segments, SEGMENT_TOKENS, ROW_BYTES)
+        live = address != 0
+        pointers = address.to(tl.pointer_type(ELEMENT))
+    return pointers, live
+
+
+@jit
+def row_tile(pointers, live, channel, HALF: tl.constexpr, D: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """K (HALF 0) or V (HALF 1) of rows [N], as [N, channels]: 0 where not live or beyond D."""
+    elements = pointers[:, None] + (HALF * D + channel)[None, :]
     # Slots and strides are not known when it is compiled; without the hint it reads element by element.
-    pointers = tl.multiple_of(pointers, [1, ALIGNMENT])
-    return tl.load(pointers, mask=live[:, None] & (channel < D)[None, :], other=0.0)
+    elements = tl.multiple_of(elements, [1, ALIGNMENT])
+    return tl.load(elements, mask=live[:, None] & (channel < D)[None, :], other=0.0)
 
 
 @jit
@@ -34,7 +68,7 @@ def finite_peak(peak):
     return tl.where(peak == float("-inf"), 0.0, peak)
 
 
-@jit(do_not_specialize=["count", "capacity", "stride_b", "stride_h", "stride_row"])
+@jit(do_not_specialize=["count", "capacity", "stride_b", "stride_h", "stride_row", "layer", "segments"])
 def vector_kernel(
     query,
     rows,
@@ -48,6 +82,10 @@ def vector_kernel(
     stride_b,
     stride_h,
     stride_row,
+    layer,
+    segments,
+    SEGMENT_TOKENS: tl.constexpr,
+    ELEMENT: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -64,7 +102,8 @@ def vector_kernel(
     head = pair * G + tl.program_id(2)
     channel = tl.arange(0, D_PAD)
     q = tl.load(query + head * D + channel, mask=channel < D, other=0.0).to(tl.float32) * scale
-    rows += (pair // kv_heads) * stride_b + (pair % kv_heads) * stride_h
+    b = pair // kv_heads
+    h = pair % kv_heads
     slots += pair * count
     peak = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
@@ -72,8 +111,24 @@ def vector_kernel(
     first = tl.program_id(0) * SPLIT
     for start in tl.range(0, SPLIT, TILE, num_stages=STAGES):
         slot, live = slot_tile(slots, first + start + tl.arange(0, TILE), count, capacity)
-        keys = row_tile(rows, slot, live, channel, stride_row, 0, D, ALIGNMENT).to(tl.float32)
-        values = row_tile(rows, slot, live, channel, stride_row, 1, D, ALIGNMENT).to(tl.float32)
+        pointers, live = row_pointers(
+            rows,
+            slot,
+            live,
+            b,
+            h,
+            kv_heads,
+            layer,
+            segments,
+            stride_b,
+            stride_h,
+            stride_row,
+            SEGMENT_TOKENS,
+            D,
+            ELEMENT,
+        )
+        keys = row_tile(pointers, live, channel, 0, D, ALIGNMENT).to(tl.float32)
+        values = row_tile(pointers, live, channel, 1, D, ALIGNMENT).to(tl.float32)
         score = tl.where(live, tl.sum(q[None, :] * keys, 1), float("-inf"))
         new_peak = tl.maximum(peak, score)
         shift = finite_peak(new_peak)
@@ -90,7 +145,7 @@ def vector_kernel(
     tl.store(partial + part * D + channel, tl.sum(acc * fade[:, None], 0), mask=channel < D)
 
 
-@jit(do_not_specialize=["count", "capacity", "stride_b", "stride_h", "stride_row"])
+@jit(do_not_specialize=["count", "capacity", "stride_b", "stride_h", "stride_row", "layer", "segments"])
 def tensor_core_kernel(
     query,
     rows,
@@ -104,6 +159,10 @@ def tensor_core_kernel(
     stride_b,
     stride_h,
     stride_row,
+    layer,
+    segments,
+    SEGMENT_TOKENS: tl.constexpr,
+    ELEMENT: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -120,7 +179,8 @@ def tensor_core_kernel(
     channel = tl.arange(0, D_PAD)
     written = (member < G)[:, None] & (channel < D)[None, :]
     q = tl.load(query + head[:, None] * D + channel[None, :], mask=written, other=0.0)
-    rows += (pair // kv_heads) * stride_b + (pair % kv_heads) * stride_h
+    b = pair // kv_heads
+    h = pair % kv_heads
     slots += pair * count
     peak = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
@@ -128,8 +188,24 @@ def tensor_core_kernel(
     first = tl.program_id(0) * SPLIT
     for start in tl.range(0, SPLIT, TILE, num_stages=STAGES):
         slot, live = slot_tile(slots, first + start + tl.arange(0, TILE), count, capacity)
-        keys = row_tile(rows, slot, live, channel, stride_row, 0, D, ALIGNMENT)
-        values = row_tile(rows, slot, live, channel, stride_row, 1, D, ALIGNMENT)
+        pointers, live = row_pointers(
+            rows,
+            slot,
+            live,
+            b,
+            h,
+            kv_heads,
+            layer,
+            segments,
+            stride_b,
+            stride_h,
+            stride_row,
+            SEGMENT_TOKENS,
+            D,
+            ELEMENT,
+        )
+        keys = row_tile(pointers, live, channel, 0, D, ALIGNMENT)
+        values = row_tile(pointers, live, channel, 1, D, ALIGNMENT)
         scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
         scores = tl.where(live[None, :], scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ds_offload.kernels.append import append_rows
-from ds_offload.kernels.gather import SegmentTable, gather_rows
+from ds_offload.kernels.gather import gather_rows
+from ds_offload.kernels.segment_table import SegmentTable
+from ds_offload.kernels.slot_attention import StoredRows
 from ds_offload.memory.pinned_pool import PinnedPool
 
 
@@ -103,13 +105,29 @@ class KVStore:
                 for to, of in zip(target, source, strict=True):
                     to.copy_(of, non_blocking=True)
 
-    def append(self, layer: int, positions: Tensor, rows: Tensor) -> None:
-        """Store rows `[B, Hkv, 2, D]` as tokens `positions` `[B]` int64, on the current stream."""
-        append_rows(self.table, self._index[layer], positions, rows)
+    def append(self, positions: Tensor, rows: Tensor, layer: int | None = None) -> None:
+        """Store tokens at `positions` `[B]` int64, on the current stream.
 
-    def gather(self, layer: int, tokens: Tensor, slots: Tensor, out: Tensor) -> None:
-        """Copy rows of `tokens` `[B, Hkv, K]` to `slots` of `out` `[B, Hkv, C, 2, D]`; tokens < 0 are skipped."""
-        gather_rows(self.table, self._index[layer], tokens, slots, out)
+        Args:
+            rows: `[N, B, Hkv, 2, D]` of the store's dtype, of every layer in order, or of `layer` alone.
+        """
+        append_rows(self.table, 0 if layer is None else self._index[layer], positions, rows)
+
+    def gather(
+        self,
+        layer: int,
+        tokens: Tensor,
+        slots: Tensor,
+        out: Tensor,
+        counts: Tensor | None = None,
+        timer: Tensor | None = None,
+    ) -> None:
+        """Copy rows of `tokens` `[B, Hkv, K]` to `slots` of `out` `[B, Hkv, C, 2, D]`; see `gather_rows`."""
+        gather_rows(self.table, self._index[layer], tokens, slots, out, counts, timer)
+
+    def stored_rows(self, layer: int) -> StoredRows:
+        """A layer's rows for attention that reads them where they lie, on the device."""
+        return StoredRows(self.table, self._index[layer], self._shape[1], self._shape[-1], self.dtype)
 
     def rows(self, layer: int, sequence: int, length: int) -> Tensor:
         """All rows `[Hkv, length, 2, D]` of a sequence that lies in one segment, without a copy."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ds_offload.kernels.label_codec import LabelLayout, encode_labels
-from ds_offload.kernels.label_scores import label_scores
+from ds_offload.kernels.label_scores import group_scores
+from ds_offload.kernels.new_token import LabelRows
 
 # Tokens encoded at a time: their float32 copies are what a prompt's labels cost in workspace.
 _PROMPT_CHUNK = 4096
@@ -19,8 +20,8 @@ class LabelCache:
     A label is the key's kept channels less their mean over the calibration text (the
     mean adds the same to every score of a query, so it changes no ranking).
 
-    Hand-overs: `append` runs on the current stream; scores on another stream must
-    wait for an event recorded behind it.
+    Hand-overs: whoever writes a label, of a prompt or of a new token (`layer`), does so on
+    its stream; scores on another stream must wait for an event recorded behind it.
 
     Args:
         layout: The code.
@@ -35,7 +36,7 @@ class LabelCache:
     ) -> None:
         self.layout = layout
         layers, kv_heads, _ = channels.shape
-        kept = channels[..., : layout.channels]
+        kept = channels[..., : layout.channels].contiguous()
         self._channels = kept.to(device)
         self._mean = key_mean.gather(-1, kept).to(device)
         offsets = [0]
@@ -60,15 +61,29 @@ class LabelCache:
             kept = keys[:, chunk].gather(-1, channels[:, chunk]).float() - mean
             encode_labels(kept, self.layout, out=self.rows[layer, :, first + chunk.start : first + chunk.stop])
 
-    def append(self, layer: int, positions: Tensor, keys: Tensor) -> None:
-        """Encode keys `[B, Hkv, D]` as the labels of tokens `positions` `[B]` int64."""
-        kept = keys.gather(-1, self._channels[layer].expand(len(keys), -1, -1)).float() - self._mean[layer]
-        encoded = encode_labels(kept, self.layout)
-        self.rows[layer].index_copy_(1, self.starts + positions, encoded.transpose(0, 1))
+    def layer(self, layer: int) -> LabelRows:
+        """One layer's labels, as the kernel that takes in a new token wants them."""
+        return LabelRows(self.rows[layer], self.layout, self._channels[layer], self._mean[layer], self.starts)
 
-    def scores(self, layer: int, query: Tensor, lengths: Tensor, max_length: int, scaling: float) -> Tensor:
-        """Scores `[B, H, max_length]` float32 of queries `[B, H, D]`; -inf at and beyond `lengths` `[B]`."""
-        groups = query.shape[1] // self._channels.shape[1]
-        channels = self._channels[layer].repeat_interleave(groups, 0).expand(len(query), -1, -1)
-        kept = query.gather(-1, channels).float()
-        return label_scores(self.rows[layer], self.layout, kept, self.starts, lengths, max_length, scaling)
+    def scores(
+        self, layer: int, query: Tensor, lengths: Tensor, max_length: int, scaling: float, weights: bool = False
+    ) -> Tensor:
+        """Scores of every token for every KV head, as `group_scores` gives them.
+
+        Args:
+            layer: Whose labels.
+            query: Rotated queries `[B, H, D]`, any float dtype.
+            lengths: Tokens to score of each sequence, `[B]` int64 on the device.
+            max_length: At least every entry of `lengths`.
+            scaling: Factor of the attention scores.
+            weights: Attention weights, also with one query head per KV head.
+
+        Returns:
+            `[B, Hkv, max_length]` float32. With several query heads per KV head, or with
+            `weights`: the heads' softmax over the tokens, summed, and 0 at and beyond
+            `lengths`. Else the scores, and -inf there.
+        """
+        return group_scores(
+            *(self.rows[layer], self.layout, query, self._channels[layer], self.starts, lengths, max_length, scaling),
+            weights=weights,
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ds_offload.kernels.admit_state import page_dtype
 from ds_offload.memory.window import AttentionWindow
 
 # The CUDA context, its libraries' workspaces and the allocator's rounding.
@@ -13,8 +14,8 @@ CUDA_RESERVE_BYTES = 768 * 2**20
 # Workspace of one chunk of tokens in norms and MLP, and of one block of heads in attention.
 CHUNK_BYTES = 256 * 2**20
 
-# Device bytes by which the hot set knows a slot: five numbers of 4 bytes (`AdmitState`).
-_SLOT_BYTES = 20
+# Device bytes by which the hot set knows a slot: three numbers of 4 bytes (`AdmitState`).
+_SLOT_BYTES = 12
 
 
 def chunk_tokens(hidden_size: int, intermediate_size: int, itemsize: int) -> int:
@@ -71,7 +72,7 @@ class MemoryPlan:
         labels: The label cache.
         hot_set: Device rows: sinks, recent window and hot set, with their bookkeeping.
         buffers: The new token's rows, dense layers' K/V and, with `kv_location="gpu"`,
-            the store and one layer's gathered rows.
+            the store.
         prefill: The longest prompt's hidden states, queries, two layers' K/V, RoPE,
             and the chunk workspace.
         decode: Scores and their copies in selection.
@@ -108,16 +109,16 @@ def plan_memory(shape: CacheShape, weights: int) -> MemoryPlan:
     store = offloaded * segments * shape.segment_tokens * shape.kv_heads * head_row
     rows = sequences * shape.kv_heads
     slots = shape.window.forced_slots + shape.hot_slots
-    hot_set = offloaded * rows * (slots * head_row + shape.hot_slots * _SLOT_BYTES)
-    buffers = shape.layers * rows * 2 * shape.head_dim * shape.itemsize
-    buffers += shape.dense_layers * tokens * shape.kv_heads * head_row
-    gathered = rows * (shape.window.forced_slots + shape.most_kept) * head_row
     longest, prompt = max(shape.capacities), max(shape.prompts)
+    page = longest * page_dtype(shape.hot_slots).itemsize
+    hot_set = offloaded * rows * (slots * head_row + shape.hot_slots * _SLOT_BYTES + page + 4)
+    buffers = shape.layers * rows * head_row
+    buffers += shape.dense_layers * tokens * shape.kv_heads * head_row
     return MemoryPlan(
         weights=weights,
         labels=shape.layers * shape.kv_heads * tokens * shape.label_row_bytes,
         hot_set=0 if shape.kv_on_device else hot_set,
-        buffers=buffers + (store + gathered if shape.kv_on_device else 0),
+        buffers=buffers + (store if shape.kv_on_device else 0),
         prefill=_prefill_bytes(shape, prompt),
         # Scores, the softmax of them, their sum over a group, its masked copy, top-k's copies.
         decode=sequences * longest * (2 * shape.heads + 4 * shape.kv_heads) * 4,

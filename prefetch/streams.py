@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -31,13 +32,12 @@ class Streams:
 
     A hand-over is named by what is handed over and the layer or buffer it belongs to:
 
-    - `query`: the predicted query; made on compute, read by the selection on prefetch.
+    - `hidden`: a layer's input; made on compute, read by the prediction on prefetch.
     - `selection`: predicted tokens; made on prefetch, read on compute.
     - `gather`: rows of the predicted tokens; made on prefetch, read on compute.
-    - `kv`: K/V of the new token; made on compute, read by the writer.
-    - `host_write`: the same rows in the store; made by the writer, read in the same step
-      only where the store is on the device.
-    - `label_append`: the new token's label; made by the writer, read in later steps.
+    - `rows`: K/V of a layer's new token; made on compute, read by the writer.
+    - `host_write`: the same rows in the host's store; made by the writer, read in later steps.
+    - `kv`: a prompt layer's K/V; made on compute, read by the writer.
     - `prompt_rows`: a prompt layer's rows in the store; made by the writer, waited for
       before the staging buffer is filled again and before decoding.
 
@@ -55,11 +55,8 @@ class Streams:
         self._events: dict[tuple[str, int], torch.cuda.Event] = {}
         self._streams: dict[str, torch.cuda.Stream] = {}
         if self._cuda:
-            self._streams = {
-                "compute": torch.cuda.current_stream(device),
-                "prefetch": torch.cuda.Stream(device),
-                "writer": torch.cuda.Stream(device),
-            }
+            prefetch, writer = _side_streams(device)
+            self._streams = {"compute": torch.cuda.current_stream(device), "prefetch": prefetch, "writer": writer}
 
     def on(self, name: StreamName) -> Any:
         """Context in which work goes to the stream `name`."""
@@ -116,3 +113,9 @@ class Streams:
         finally:
             self._streams["compute"] = outside
             self._events.clear()
+
+
+@functools.cache
+def _side_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """The device's prefetch and writer streams, the same for every decode: libraries keep a workspace for each."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)

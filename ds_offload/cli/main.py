@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 import ds_offload
+from ds_offload.cli import bench
 from ds_offload.cli.calibrate import calibrate
 from ds_offload.cli.option_groups import add_options
 from ds_offload.cli.run import run
@@ -55,6 +56,7 @@ def _register(command: Callable[..., None]) -> None:
 _register(run)
 _register(summarize)
 _register(calibrate)
+app.add_typer(bench.app, name="bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ds_offload.kernels import gather
-from ds_offload.kernels.gather import GatherLaunch, SegmentTable, gather_rows_reference
+from ds_offload.kernels.gather import GatherLaunch, gather_rows_reference
+from ds_offload.kernels.segment_table import SegmentTable
 
 LAYERS = 2
 
@@ -45,7 +46,7 @@ def test_kernel_equals_the_reference(kv_heads: int, dim: int, dtype: torch.dtype
 
 
 def test_programs_share_the_rows_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "gather_launch", lambda rows, row_bytes: GatherLaunch(3, 4, 4))
+    monkeypatch.setattr(gather, "gather_launch", lambda pairs, kept, row_bytes: GatherLaunch(3, 2, 4, 4))
     table = store([4], 25, 2, 8, torch.float32)
     tokens = torch.arange(0, 94, 2).expand(1, 2, 47)
     slots = torch.arange(47).flip(0).expand(1, 2, 47)
@@ -54,6 +55,19 @@ def test_programs_share_the_rows_in_tiles(monkeypatch: pytest.MonkeyPatch) -> No
     gather_rows_reference(table, 1, tokens, slots, expected)
     gather._launch(table, 1, tokens, slots, words(out))
     assert torch.equal(out, expected) and not expected.isnan().any()
+
+
+def test_entries_behind_the_counts_are_not_looked_at() -> None:
+    table = store([3, 1], 9, 3, 8, torch.float32)
+    tokens = torch.stack([torch.arange(0, 18, 2), torch.arange(9)])[:, None].repeat(1, 3, 1)
+    slots = torch.arange(9).flip(0).repeat(2, 3, 1)
+    counts = torch.tensor([[0, 4, 9], [1, 8, 2]], dtype=torch.int32)
+    expected = torch.full((2, 3, 9, 2, 8), torch.nan)
+    out = expected.clone()
+    gather_rows_reference(table, 1, tokens, slots, expected, counts)
+    behind = torch.arange(9) >= counts[..., None]
+    gather._launch(table, 1, tokens.masked_fill(behind, 0), slots.masked_fill(behind, 0), words(out), counts)
+    assert torch.equal(words(out), words(expected))
 
 
 def test_entries_without_a_segment_or_a_slot_are_skipped() -> None:

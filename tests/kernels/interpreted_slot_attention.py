@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ds_offload.kernels import slot_attention
-from ds_offload.kernels.slot_attention import SlotAttentionLaunch, _launch, slot_attention_reference
+from ds_offload.kernels.segment_table import SegmentTable
+from ds_offload.kernels.slot_attention import SlotAttentionLaunch, StoredRows, _launch, slot_attention_reference
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TOLERANCE = {F32: {"rtol": 1e-5, "atol": 1e-5}, F16: {"rtol": 2e-3, "atol": 2e-3}, BF16: {"rtol": 1.6e-2, "atol": 1e-2}}
@@ -87,3 +88,28 @@ def test_strided_rows_and_slots_beyond_them() -> None:
     view[:] = rows
     beyond = torch.where(slots >= 0, slots, torch.tensor([12, 2**40, -5]).repeat(3))
     torch.testing.assert_close(run(query, view, beyond), expected, **TOLERANCE[F16])
+
+
+@pytest.mark.parametrize(("group", "dtype"), [(1, F32), (2, F16)])
+def test_rows_of_a_store_give_the_bits_of_the_same_rows_in_a_tensor(group: int, dtype: torch.dtype) -> None:
+    query, rows, slots = case(2, group, 20, 40, dtype, dtype)
+    stored = store(rows, size=16)
+    assert torch.equal(run(query, stored, slots), run(query, rows, slots))
+    # Token 60 has no segment.
+    slots[..., 3] = 60
+    expected = run(query, rows, torch.where(slots == 60, -1, slots))
+    assert torch.equal(run(query, stored, slots), expected)
+
+
+def store(rows: torch.Tensor, size: int) -> StoredRows:
+    """Rows [B, Hkv, C, 2, D] as layer 1 of 2 of a store of segments of `size` tokens."""
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, -rows.shape[2] % size))
+    segments = [[part.expand(2, *part.shape).clone() for part in one.split(size, 1)] for one in padded]
+    for one in segments:
+        for segment in one:
+            segment[0] = torch.nan
+    addresses = torch.zeros(len(rows), len(segments[0]) + 1, dtype=torch.int64)
+    for b, one in enumerate(segments):
+        addresses[b, :-1] = torch.tensor([segment.data_ptr() for segment in one])
+    table = SegmentTable(segments, addresses, size)
+    return StoredRows(table, 1, rows.shape[1], rows.shape[4], rows.dtype)

@@ -30,7 +30,18 @@ def read_row(row: list[int], layout: LabelLayout) -> list[float]:
 
 @pytest.mark.parametrize(
     ("channels", "bits", "row_bytes"),
-    [(28, 2, 8), (60, 2, 16), (1, 2, 2), (5, 2, 3), (14, 4, 8), (5, 4, 4), (3, 8, 4), (4, 16, 8), (1, 16, 2)],
+    [
+        (28, 2, 8),
+        (29, 2, 12),
+        (60, 2, 16),
+        (1, 2, 4),
+        (5, 2, 4),
+        (14, 4, 8),
+        (5, 4, 4),
+        (3, 8, 4),
+        (4, 16, 8),
+        (1, 16, 4),
+    ],
 )
 def test_row_bytes(channels: int, bits: int, row_bytes: int) -> None:
     assert LabelLayout(channels, bits).row_bytes == row_bytes
@@ -65,7 +76,17 @@ def test_encode_takes_the_nearest_level_of_the_nearest_scale(channels: int, bits
         levels = [scale * (2 * code - largest) / largest for code in range(largest + 1)]
         for value, decoded in zip(key, read_row(row, layout), strict=True):
             assert abs(value - decoded) <= min(abs(value - level) for level in levels) + 1e-5 * scale
-        assert int.from_bytes(bytes(row[:-1]), "little") >> (channels * bits) == 0, "unused bits must be zero"
+        rest = int.from_bytes(bytes(row[:-1]), "little") >> (channels * bits)
+        assert rest == 0, "unused bits and padding must be zero"
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_16_bit_rows_are_float16_values_and_zeros(channels: int) -> None:
+    layout = LabelLayout(channels, 16)
+    keys = keys_of(4, channels)
+    rows = encode_labels(keys, layout, out=torch.full((4, layout.row_bytes), 0xA5, dtype=torch.uint8))
+    assert torch.equal(rows[:, : 2 * channels].contiguous().view(torch.float16), keys.half())
+    assert not rows[:, 2 * channels :].any()
 
 
 # Root mean square error over that of Gaussian keys: what a code is worth, with a tenth to spare.
@@ -127,7 +148,7 @@ def test_writes_only_a_strided_view(bits: int) -> None:
     cache = torch.full((3, 10, layout.row_bytes), 0xA5, dtype=torch.uint8)
     view = cache[:, 2:6].transpose(0, 1)
     assert encode_labels(keys, layout, out=view) is view
-    assert torch.equal(view, encode_labels(keys, layout))
+    assert torch.equal(view, encode_labels(keys, layout)), "padding must be written"
     assert (cache[:, :2] == 0xA5).all() and (cache[:, 6:] == 0xA5).all()
 
 
@@ -148,9 +169,9 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="floating point"):
         encode_labels(torch.zeros(3, 4, dtype=torch.int64), layout)
     with pytest.raises(ValueError, match="out "):
-        encode_labels(torch.zeros(3, 4), layout, out=torch.zeros(3, 4, dtype=torch.uint8))
+        encode_labels(torch.zeros(3, 4), layout, out=torch.zeros(3, 2, dtype=torch.uint8))
     with pytest.raises(ValueError, match="rows "):
-        decode_labels(torch.zeros(3, 4, dtype=torch.uint8), layout)
+        decode_labels(torch.zeros(3, 2, dtype=torch.uint8), layout)
 
 
 @pytest.mark.gpu

@@ -7,7 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ds_offload.kernels.slot_attention import slot_attention, slot_attention_launch, slot_attention_reference
+from ds_offload.kernels.segment_table import SegmentTable
+from ds_offload.kernels.slot_attention import (
+    StoredRows,
+    slot_attention,
+    slot_attention_launch,
+    slot_attention_reference,
+)
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # By the coarser dtype of query and rows, for results of order 1.
@@ -125,6 +131,22 @@ def test_strided_rows(stride: str, device: str) -> None:
         rows = rows[:1].expand(3, -1, -1, -1, -1)
     assert not rows.is_contiguous()
     assert_close(slot_attention(query, rows, slots, SCALING), naive(query, rows, slots), F16)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+def test_rows_of_a_store_give_the_bits_of_the_same_rows_in_a_tensor(
+    dtype: torch.dtype, heads: int, kv_heads: int, device: str
+) -> None:
+    query, rows, slots = case(heads, kv_heads, 80, 300, dtype, dtype, device)
+    size = 64
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, -rows.shape[2] % size))
+    segments = [[part.expand(2, *part.shape).clone() for part in one.split(size, 1)] for one in padded]
+    addresses = torch.tensor([[segment.data_ptr() for segment in one] for one in segments], device=device)
+    stored = StoredRows(SegmentTable(segments, addresses, size), 1, kv_heads, 80, dtype)
+    assert torch.equal(slot_attention(query, stored, slots, SCALING), slot_attention(query, rows, slots, SCALING))
+    assert_close(slot_attention_reference(query, stored, slots, SCALING), naive(query, rows, slots), dtype)
 
 
 @pytest.mark.parametrize("device", DEVICES)

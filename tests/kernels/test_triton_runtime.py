@@ -20,7 +20,8 @@ from ds_offload.kernels.triton_runtime import HAS_TRITON, launching
 assert not HAS_TRITON
 layout = label_codec.LabelLayout(4, 2)
 labels = label_codec.encode_labels(torch.ones(1, 3, 4), layout)
-scores = label_scores.label_scores(labels, layout, torch.ones(1, 1, 4), torch.tensor([0]), torch.tensor([3]), 3, 1.0)
+query, channels = torch.ones(1, 1, 4), torch.arange(4)[None]
+scores = label_scores.label_scores(labels, layout, query, channels, torch.tensor([0]), torch.tensor([3]), 3, 1.0)
 # 2-bit labels scale to 0.8 of the largest channel
 assert (scores - 3.2).abs().max() < 0.2, scores
 try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ds_offload.kernels.new_token import new_token
 from ds_offload.memory.hot_set import HotSet
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.pinned_pool import PinnedPool
@@ -14,7 +15,7 @@ CPU = torch.device("cpu")
 HEADS, DIM, LENGTH = 2, 8, 90
 
 
-def make(capacity: int, window: AttentionWindow, sequences: int = 2) -> tuple[HotSet, torch.Tensor]:
+def make(capacity: int, window: AttentionWindow, sequences: int = 2, reuse: bool = True) -> tuple[HotSet, torch.Tensor]:
     pool = PinnedPool(CPU)
     shape = {"kv_heads": HEADS, "head_dim": DIM, "device": CPU}
     store = KVStore(
@@ -24,7 +25,9 @@ def make(capacity: int, window: AttentionWindow, sequences: int = 2) -> tuple[Ho
     for number in range(sequences):
         store.reserve(number, LENGTH)
         store.write_prompt(3, number, 0, rows[number])
-    hot = HotSet(store, layers=[3], sequences=sequences, window=window, capacity=capacity, **shape)
+    hot = HotSet(
+        store, layers=[3], sequences=sequences, window=window, capacity=capacity, context=LENGTH, reuse=reuse, **shape
+    )
     return hot, rows
 
 
@@ -46,11 +49,10 @@ def test_admitted_rows_are_the_stores_rows_over_many_steps(capacity: int) -> Non
             ]
         )
         tokens[1, 0, 4:] = -1
-        admission = hot.admit(3, tokens)
+        places = hot.admit(3, tokens)
         valid = tokens >= 0
         expected = rows.gather(2, tokens.clamp(min=0)[..., None, None].expand(-1, -1, -1, 2, DIM))
-        assert torch.equal(packed(hot, admission.places)[valid], expected[valid])
-        places = admission.places
+        assert torch.equal(packed(hot, places)[valid], expected[valid])
         assert len(set(places[1, 1].tolist())) == 6
         assert (places[~valid] == -1).all()
 
@@ -60,8 +62,10 @@ def test_a_hit_moves_nothing_and_a_miss_evicts_the_least_recently_selected() -> 
 
     def admit(*tokens: int) -> tuple[int, int]:
         hot.begin_step()
-        admission = hot.admit(3, torch.tensor(tokens).expand(1, HEADS, -1))
-        return int(admission.moved.sum()), int(admission.old.sum())
+        counts = torch.zeros(1, HEADS, 4, dtype=torch.int64)
+        hot.admit(3, torch.tensor(tokens).expand(1, HEADS, -1), counts=counts)
+        moved, _, old, _ = counts.sum((0, 1)).tolist()
+        return moved, old
 
     assert admit(1, 2) == (2 * HEADS, 0)
     assert admit(3, 4) == (2 * HEADS, 0)
@@ -74,10 +78,22 @@ def test_a_hit_moves_nothing_and_a_miss_evicts_the_least_recently_selected() -> 
 def test_rows_warmed_in_the_same_step_do_not_count_as_old_and_survive_the_second_admission() -> None:
     hot, rows = make(4, AttentionWindow(0, 0), sequences=1)
     hot.begin_step()
-    hot.admit(3, torch.tensor([1, 2, 3, 4]).expand(1, HEADS, -1))
-    admission = hot.admit(3, torch.tensor([3, 4, 7, 8]).expand(1, HEADS, -1))
-    assert (int(admission.moved.sum()), int(admission.old.sum())) == (2 * HEADS, 0)
-    assert torch.equal(packed(hot, admission.places), rows[:, :, [3, 4, 7, 8]])
+    counts = torch.zeros(1, HEADS, 4, dtype=torch.int64)
+    hot.admit(3, torch.tensor([1, 2, 3, 4]).expand(1, HEADS, -1), counts=counts, attended=False)
+    places = hot.admit(3, torch.tensor([3, 4, 7, 8]).expand(1, HEADS, -1), counts=counts)
+    assert counts[0, 0].tolist() == [6, 4, 0, 2]
+    assert torch.equal(packed(hot, places), rows[:, :, [3, 4, 7, 8]])
+
+
+def test_without_reuse_every_step_fetches_what_it_selects_but_not_what_it_warmed() -> None:
+    hot, rows = make(4, AttentionWindow(0, 0), sequences=1, reuse=False)
+    counts = torch.zeros(1, HEADS, 4, dtype=torch.int64)
+    for _ in range(3):
+        hot.begin_step()
+        hot.admit(3, torch.tensor([1, 2]).expand(1, HEADS, -1), counts=counts, attended=False)
+        places = hot.admit(3, torch.tensor([1, 2, 7, 8]).expand(1, HEADS, -1), counts=counts)
+        assert torch.equal(packed(hot, places), rows[:, :, [1, 2, 7, 8]])
+    assert counts[0, 0].tolist() == [3 * 4, 3 * 4, 0, 3 * 2]
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 30])
@@ -88,7 +104,7 @@ def test_window_rows_after_a_prompt_and_appended_tokens(length: int) -> None:
         hot.fill_window(3, number, rows[number, :, :length])
     for position in range(length, length + 9):
         at = torch.tensor([position, position])
-        hot.append(3, at, rows[:, :, position])
+        take(hot, at, rows[:, :, position])
         lengths = at + 1
         tokens = torch.cat((window.sink_tokens(lengths), window.recent_tokens(lengths)), -1)
         heads = tokens[:, None].expand(-1, HEADS, -1)
@@ -96,3 +112,10 @@ def test_window_rows_after_a_prompt_and_appended_tokens(length: int) -> None:
         expected = rows.gather(2, heads.clamp(min=0)[..., None, None].expand(-1, -1, -1, 2, DIM))
         assert torch.equal(got[heads >= 0], expected[heads >= 0])
         assert position in tokens[0].tolist()
+
+
+def take(hot: HotSet, positions: torch.Tensor, rows: torch.Tensor) -> None:
+    """Take in a token whose rows `[B, Hkv, 2, DIM]` RoPE leaves as they are."""
+    projected = torch.cat((rows[:, :, 0], rows[:, :, 0], rows[:, :, 1]), 1).flatten(1)
+    rope = torch.ones(2, DIM), torch.zeros(2, DIM)
+    new_token(projected, rope, positions, torch.empty_like(rows), window=hot.window_rows(3))

@@ -1,7 +1,8 @@
-"""Label cache: prompts and appended tokens land at the same place with the same code."""
+"""Label cache: where labels land, what is in them, and what their scores are."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from ds_offload.kernels.label_codec import LabelLayout, decode_labels
@@ -18,21 +19,28 @@ def make(capacities: list[int], layout: LabelLayout) -> tuple[LabelCache, torch.
     return LabelCache(layout, channels, mean, capacities, torch.device("cpu")), channels, mean
 
 
-def test_appending_equals_writing_a_prompt() -> None:
+def test_a_prompt_in_pieces_equals_a_whole_one_and_stays_in_its_layer() -> None:
     layout = LabelLayout(10, 2)
     capacities = [13, 7]
     keys = torch.randn(2, HEADS, 13, DIM, generator=torch.Generator().manual_seed(1))
     whole, _, _ = make(capacities, layout)
-    stepwise, _, _ = make(capacities, layout)
+    pieces, _, _ = make(capacities, layout)
     for number, capacity in enumerate(capacities):
         whole.write_prompt(1, number, 0, keys[number, :, :capacity])
-        stepwise.write_prompt(1, number, 0, keys[number, :, :5])
-        stepwise.write_prompt(1, number, 5, keys[number, :, 5:6])
-    for position in range(6, 13):
-        at = torch.tensor([position, min(position, 6)])
-        stepwise.append(1, at, torch.stack([keys[n, :, int(at[n])] for n in range(2)]))
-    assert torch.equal(whole.rows, stepwise.rows)
+        pieces.write_prompt(1, number, 0, keys[number, :, :5])
+        pieces.write_prompt(1, number, 5, keys[number, :, 5:capacity])
+    assert torch.equal(whole.rows, pieces.rows)
     assert not whole.rows[0].any() and not whole.rows[2].any()
+
+
+def test_one_layers_labels_share_the_cache() -> None:
+    layout = LabelLayout(10, 2)
+    cache, channels, mean = make([13, 7], layout)
+    layer = cache.layer(1)
+    assert layer.rows.data_ptr() == cache.rows[1].data_ptr() and layer.layout == layout
+    assert torch.equal(layer.channels, channels[1, :, :10])
+    assert torch.equal(layer.mean, mean[1].gather(-1, channels[1, :, :10]))
+    assert layer.starts.tolist() == [0, 13]
 
 
 def test_labels_are_the_kept_channels_less_their_mean_and_scores_use_the_same_channels() -> None:
@@ -47,5 +55,19 @@ def test_labels_are_the_kept_channels_less_their_mean_and_scores_use_the_same_ch
     scores = cache.scores(2, query, torch.tensor([33]), 40, 0.5)
     heads = channels[2, :, :10].repeat_interleave(2, 0)
     exact = 0.5 * torch.einsum("hr,htr->ht", query[0].gather(-1, heads), expected.repeat_interleave(2, 0))
-    assert torch.allclose(scores[0, :, :33], exact[:, :33], atol=1e-2)
-    assert (scores[0, :, 33:] == -torch.inf).all()
+    weights = exact[:, :33].softmax(-1).unflatten(0, (HEADS, 2)).sum(1)
+    assert torch.allclose(scores[0, :, :33], weights, atol=1e-2)
+    assert (scores[0, :, 33:] == 0).all()
+
+
+@pytest.mark.parametrize("bits", [2, 16])
+def test_one_query_head_per_kv_head_gives_scores_or_weights(bits: int) -> None:
+    cache, _, _ = make([40, 9], LabelLayout(10, bits))
+    for sequence, tokens in enumerate((40, 9)):
+        cache.write_prompt(0, sequence, 0, torch.randn(HEADS, tokens, DIM))
+    query, lengths = torch.randn(2, HEADS, DIM, dtype=torch.bfloat16), torch.tensor([33, 0])
+    scores = cache.scores(0, query, lengths, 40, 0.5)
+    assert (scores[0, :, 33:] == -torch.inf).all() and (scores[1] == -torch.inf).all()
+    weights = cache.scores(0, query, lengths, 40, 0.5, weights=True)
+    torch.testing.assert_close(weights[0], scores[0].softmax(-1))
+    assert (weights[1] == 0).all()

@@ -24,8 +24,8 @@ def make_labels(lengths: list[int], kv_heads: int, seed: int = 0) -> tuple[Label
     return labels, keys
 
 
-def make_step(lengths: list[int], keep: list[int]) -> Step:
-    return Step.make(lengths, keep, torch.device("cpu"))
+def make_step(lengths: list[int], keep: list[int], window: AttentionWindow) -> Step:
+    return Step.make(lengths, keep, window, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -34,7 +34,7 @@ def test_equals_a_plain_top_k_per_kv_head(groups: int, window: AttentionWindow) 
     kv_heads, lengths, keep = 2, [97, 40, 3], [20, 7, 0]
     labels, keys = make_labels(lengths, kv_heads)
     query = torch.randn(3, kv_heads * groups, HEAD_DIM, generator=torch.Generator().manual_seed(1))
-    tokens = Selector(labels, window, 0.25).select(0, query, make_step(lengths, keep))
+    tokens = Selector(labels, window, 0.25).select(0, query, make_step(lengths, keep, window))
     assert tokens.shape == (3, kv_heads, 20)
     for number, length in enumerate(lengths):
         past = keys[number][:, : length - 1]
@@ -53,7 +53,9 @@ def test_selected_tokens_lie_between_the_sinks_and_the_recent_window() -> None:
     for length in (1, 5, 12, 13, 14, 15, 64):
         labels, _ = make_labels([length], 1)
         keep = window.selected(length, length)
-        tokens = Selector(labels, window, 1.0).select(0, torch.randn(1, 2, HEAD_DIM), make_step([length], [keep]))
+        tokens = Selector(labels, window, 1.0).select(
+            0, torch.randn(1, 2, HEAD_DIM), make_step([length], [keep], window)
+        )
         sinks, recent = window.sink_tokens(torch.tensor([length]))[0], window.recent_tokens(torch.tensor([length]))[0]
         every = [n for part in (sinks, tokens[0, 0], recent) for n in part.tolist() if n >= 0]
         # The budget is the whole context: the three parts cover it exactly once.
@@ -67,19 +69,30 @@ def test_a_larger_budget_keeps_everything_a_smaller_one_kept_whatever_ties_there
     selector, query = Selector(labels, window, 1.0), torch.randn(1, 1, HEAD_DIM)
     before: set[int] = set()
     for keep in range(1, window.selected(length, length) + 1, 7):
-        kept = {n for n in selector.select(0, query, make_step([length], [keep]))[0, 0].tolist() if n >= 0}
+        kept = {n for n in selector.select(0, query, make_step([length], [keep], window))[0, 0].tolist() if n >= 0}
         assert len(kept) == keep
         assert kept >= before
         before = kept
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_the_share() -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+def test_top_p_keeps_the_smallest_set_that_reaches_the_share(groups: int) -> None:
     window, length = AttentionWindow(1, 2), 80
     labels, keys = make_labels([length], 1)
-    query = torch.randn(1, 2, HEAD_DIM, generator=torch.Generator().manual_seed(3))
-    tokens = Selector(labels, window, 0.25, top_p=0.6).select(0, query, make_step([length], [70]))[0, 0]
+    query = torch.randn(1, groups, HEAD_DIM, generator=torch.Generator().manual_seed(3))
+    tokens = Selector(labels, window, 0.25, top_p=0.6).select(0, query, make_step([length], [70], window))[0, 0]
     kept = tokens[tokens >= 0]
-    weights = (torch.einsum("gd,td->gt", query[0], keys[0][0][:-1]) * 0.25).softmax(-1).sum(0) / 2
+    weights = (torch.einsum("gd,td->gt", query[0], keys[0][0][:-1]) * 0.25).softmax(-1).sum(0) / groups
     forced = weights[:1].sum() + weights[-2:].sum()
     assert weights[kept].sum() + forced >= 0.6
     assert weights[kept].sum() + forced - weights[kept].min() < 0.6
+
+
+@pytest.mark.parametrize("top_p", [None, 0.6])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_first_token_selects_nothing(groups: int, top_p: float | None) -> None:
+    labels, _ = make_labels([1, 30], 1)
+    query = torch.randn(2, groups, HEAD_DIM)
+    window = AttentionWindow(0, 0)
+    tokens = Selector(labels, window, 1.0, top_p).select(0, query, make_step([1, 30], [5, 5], window))
+    assert (tokens[0] == -1).all() and (tokens[1, :, 0] >= 0).all()

@@ -16,18 +16,17 @@ from ds_offload.prefetch.streams import Faults, Streams
 SLOW = 60_000_000
 NEW = 5
 
-PRODUCERS = ["query", "selection", "gather", "kv", "host_write", "label_append", "prompt_rows"]
+PRODUCERS = ["hidden", "selection", "gather", "rows", "host_write", "kv", "prompt_rows"]
 
 # Where each wait is what keeps the output right: (prefetch, kv_location, budget, hand-overs to take out, producer to
 # delay). Steps run eagerly here: a captured graph refuses a fork without its event, and its replays are ordered anyway.
 NEEDED = [
-    ("speculative", "host", 24, {"query"}, "query"),
+    ("speculative", "host", 24, {"hidden"}, "hidden"),
     ("speculative", "host", 24, {"selection", "gather"}, "selection"),
     ("speculative", "host", 24, {"selection", "gather"}, "gather"),
-    ("off", "host", "1/1", {"kv"}, "kv"),
+    ("off", "host", "1/1", {"rows"}, "rows"),
     ("off", "host", "1/1", {"step"}, "host_write"),
-    ("off", "gpu", 24, {"host_write"}, "host_write"),
-    ("off", "host", 24, {"step"}, "label_append"),
+    ("off", "host", 24, {"kv"}, "kv"),
     ("off", "host", 24, {"prompt_rows"}, "prompt_rows"),
     ("off", "gpu", 24, {"prompt_rows"}, "prompt_rows"),
 ]
@@ -97,11 +96,11 @@ def test_exact_off_and_gpu_are_identical_on_cuda(folder: Path) -> None:
 
 
 def test_on_a_cpu_streams_run_in_order_and_hand_over_nothing() -> None:
-    streams = Streams(torch.device("cpu"), Faults(delay={"kv": SLOW}))
+    streams = Streams(torch.device("cpu"), Faults(delay={"rows": SLOW}))
     order = []
-    with streams.producing("kv", 0):
+    with streams.producing("rows", 0):
         order.append("made")
     with streams.on("writer"):
-        streams.wait("kv", 0)
+        streams.wait("rows", 0)
         order.append("read")
     assert order == ["made", "read"]

@@ -1,0 +1,1 @@
+"""Benchmarks: each measured time next to the time that the link or the memory allows."""

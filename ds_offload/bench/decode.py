@@ -1,0 +1,242 @@
+"""`ds-offload bench decode`: whole decode steps of a long context, without a prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ds_offload.bench.decode_steps import StepTimes, time_steps
+from ds_offload.bench.decode_variants import Variant, apply_variant, choose_variants
+from ds_offload.bench.filled_context import FilledRows, filled_context
+from ds_offload.bench.limits import measure_limits
+from ds_offload.bench.report import BenchRow
+from ds_offload.bench.selections import ReplayedSelections
+from ds_offload.bench.sizes import check_room
+from ds_offload.bench.timing import Timing
+from ds_offload.bench.transformers_cache import transformers_row
+from ds_offload.calibration import Calibration, find_or_make_calibration
+from ds_offload.config import OffloadConfig
+from ds_offload.decoder import DecoderStack
+from ds_offload.dtypes import dtype_name, torch_dtype
+from ds_offload.errors import InputError
+from ds_offload.families import check_supported
+from ds_offload.kv_context import KVContext
+from ds_offload.loading import LoadedModel, ModelSource, find_model, load_weights
+from ds_offload.memory_check import plan_request
+from ds_offload.notices import notice
+
+SELECTIONS = ("replayed", "random")
+FEWEST_WARM_UPS = 3
+
+
+@dataclass(frozen=True)
+class DecodeSizes:
+    """What is decoded.
+
+    Attributes:
+        model: An alias, a folder or a .gguf file; its weights are made up.
+        dtype: Of the weights.
+        tokens: Tokens of each context before the first step.
+        sequences: B.
+        steps, warm_ups: Steps that are timed, and steps before them.
+        selections: "replayed" (as much repetition as in real text) or "random" (what random labels give).
+        variants: Names with commas between them; None is all of them.
+        with_transformers: Whether transformers' offloaded cache is timed too.
+
+    Raises:
+        InputError: A value out of range.
+    """
+
+    model: str
+    dtype: str
+    tokens: int
+    sequences: int
+    steps: int
+    warm_ups: int
+    selections: str
+    variants: str | None
+    with_transformers: bool
+
+    def __post_init__(self) -> None:
+        if self.selections not in SELECTIONS:
+            raise InputError(f"selections={self.selections!r} must be one of {', '.join(SELECTIONS)}")
+        if self.warm_ups < FEWEST_WARM_UPS:
+            raise InputError(
+                f"warm_ups={self.warm_ups} is too few to compile and capture; give {FEWEST_WARM_UPS} or more"
+            )
+
+    @property
+    def capacity(self) -> int:
+        """Most tokens of each sequence."""
+        return self.tokens + self.warm_ups + self.steps
+
+
+def bench_decode(
+    device: torch.device, sizes: DecodeSizes, config: OffloadConfig
+) -> tuple[list[BenchRow], list[str], OffloadConfig]:
+    """Time decode steps in every variant, each over the same made-up rows.
+
+    A row's limit is the longer of two times: its moved rows' bytes over the link, and weights (without embeddings and
+    experts), labels and attended rows from device memory.
+
+    Returns:
+        The rows, a line for everything left out, and the config with all filled in.
+
+    Raises:
+        InputError: The model is not supported, a value is out of range, or it does not fit.
+    """
+    if sizes.selections == "replayed" and config.budget.top_p is not None:
+        raise InputError(f"token_budget={config.budget} depends on the scores; use --selections random with it")
+    variants = choose_variants(sizes.variants, config, device.type == "cuda")
+    source = find_model(sizes.model, load_format="dummy", dtype=sizes.dtype)
+    check_supported(source.config, 1)
+    config = dataclasses.replace(config, max_context=sizes.capacity).resolve(
+        head_dim=source.shape.head_dim,
+        layers=source.shape.layers,
+        trained_context=source.shape.trained_context,
+        kv_dtype=dtype_name(source.dtype),
+    )
+    check_fits(source, config, sizes, device)
+    # Now, while the device is empty.
+    measure_limits(device)
+    notice(f"bench decode: random weights of {sizes.model}'s shape")
+    loaded = load_weights(source, device)
+    bench = _Bench(loaded, sizes, config)
+    rows = [bench.floor(), *bench.run(variants)]
+    notes = []
+    if sizes.with_transformers:
+        notice("bench decode: transformers' offloaded cache")
+        theirs = transformers_row(loaded, sizes.sequences, sizes.tokens)
+        if isinstance(theirs, str):
+            notes.append(theirs)
+        else:
+            rows.insert(1, theirs)
+    return rows, notes, config
+
+
+def check_fits(source: ModelSource, config: OffloadConfig, sizes: DecodeSizes, device: torch.device) -> None:
+    """Refuse what does not fit, before weights load.
+
+    Raises:
+        MemoryPlanError: Weights, caches and replayed selections need more than there is.
+    """
+    plan = plan_request(source, config, [1] * sizes.sequences, [sizes.capacity] * sizes.sequences)
+    gpu = plan.gpu_tensors
+    if sizes.selections == "replayed":
+        heads = (sizes.sequences, source.shape.kv_heads)
+        kept = config.budget.tokens(sizes.capacity)
+        # The paper's variant holds them a second time, in another order.
+        gpu += 2 * ReplayedSelections.nbytes(sizes.steps + sizes.warm_ups, heads, kept)
+    limits = (config.gpu_memory, config.host_memory)
+    gpu_limit, host_limit = (limit if isinstance(limit, int) else None for limit in limits)
+    check_room(device, gpu=gpu, host=plan.host_kv, gpu_limit=gpu_limit, host_limit=host_limit)
+
+
+class _Bench:
+    """One model, its rows and its selections, for all variants."""
+
+    def __init__(self, loaded: LoadedModel, sizes: DecodeSizes, config: OffloadConfig) -> None:
+        self.loaded, self.sizes, self.config = loaded, sizes, config
+        self.device = loaded.device
+        self.limits = measure_limits(self.device)
+        shape = loaded.source.shape
+        decoder = DecoderStack(loaded.model)
+        heads = (shape.layers, shape.kv_heads, shape.head_dim)
+        if config.calibration is not None:
+            self.calibration = find_or_make_calibration(loaded, decoder, config.calibration)
+        else:
+            ranks = torch.rand(heads, generator=torch.Generator().manual_seed(0))
+            nothing: dict[str, Any] = {"fingerprint": loaded.fingerprint, "tokens": 0, "text": "no text"}
+            self.calibration = Calibration.rank(ranks, torch.zeros(heads), **nothing)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of every K and V of the contexts, those of dense layers not counted."""
+        shape, config = self.loaded.source.shape, self.config
+        layers = shape.layers - len(config.dense_layers)
+        row = 2 * shape.head_dim * torch_dtype(config.kv_dtype).itemsize
+        return layers * self.sizes.sequences * shape.kv_heads * self.sizes.tokens * row
+
+    def floor(self) -> BenchRow:
+        """What a step takes at least that copies every row: computed, not timed."""
+        seconds = self.limits.link_s(self.cache_bytes)
+        timing = Timing(seconds, seconds, seconds)
+        return BenchRow.of(
+            "floor: every row over the link", timing, "ms", seconds, computed=True, bytes=self.cache_bytes
+        )
+
+    def run(self, variants: list[Variant]) -> list[BenchRow]:
+        """A row of each variant."""
+        rows = []
+        selections: ReplayedSelections | None = None
+        sizes = self.sizes
+        notice(f"bench decode: making {self.cache_bytes / 2**30:.1f} GiB of rows")
+        with FilledRows(DecoderStack(self.loaded.model), self.config, sizes.sequences, sizes.capacity) as filled:
+            for number, variant in enumerate(variants):
+                notice(f"bench decode: {variant.name} ({number + 1} of {len(variants)})")
+                # Its own, since a variant may change it.
+                decoder = DecoderStack(self.loaded.model)
+                config = dataclasses.replace(self.config, **variant.changes)
+                with filled_context(
+                    *(decoder, config, self.calibration, filled),
+                    sequences=sizes.sequences,
+                    tokens=sizes.tokens,
+                    capacity=sizes.capacity,
+                ) as context:
+                    if selections is None and sizes.selections == "replayed":
+                        selections = self._draw(decoder, context)
+                    apply_variant(variant, decoder, context, selections, first_position=sizes.tokens)
+                    lengths = [sizes.tokens] * sizes.sequences
+                    times = time_steps(decoder, context, lengths, sizes.warm_ups, sizes.steps)
+                    rows.append(self._row(variant, decoder, context, times))
+                del context
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        return rows
+
+    def _draw(self, decoder: DecoderStack, context: KVContext) -> ReplayedSelections | None:
+        if context.most_kept == 0 or self.config.budget.fraction == 1:
+            # Nothing is selected, or everything.
+            return None
+        sizes, window = self.sizes, context.window
+        candidates = (window.sinks, sizes.tokens + 1 - window.ring)
+        # A budget of nearly everything keeps more than the first step has.
+        kept = min(context.most_kept, candidates[1] - candidates[0])
+        shape = (sizes.sequences, decoder.kv_heads)
+        return ReplayedSelections.draw(sizes.steps + sizes.warm_ups, shape, kept, candidates, self.device)
+
+    def _row(self, variant: Variant, decoder: DecoderStack, context: KVContext, times: StepTimes) -> BenchRow:
+        sizes = self.sizes
+        over_link = self.config.kv_location == "host" and variant.moves_rows
+        moved = times.traffic.moved * context.store.row_bytes / sizes.steps if over_link else 0.0
+        attended = context.kept_tokens(sizes.capacity) * sizes.sequences * decoder.kv_heads * context.store.row_bytes
+        attended *= decoder.layers - len(self.config.dense_layers)
+        link = self.limits.link_s(moved)
+        memory = self.limits.memory_s(self._weight_bytes() + context.labels.nbytes + attended)
+        return BenchRow.of(
+            variant.name,
+            times.timing,
+            "ms",
+            max(link, memory),
+            tokens_per_s=sizes.sequences / times.timing.median,
+            speedup_vs_floor=self.limits.link_s(self.cache_bytes) / times.timing.median,
+            hit_rate=times.traffic.hit_rate if self.config.kv_location == "host" else None,
+            prefetch_recall=times.traffic.recall,
+            h2d_bytes_per_token=round(moved / sizes.sequences),
+            h2d_gb_per_s=moved / times.timing.median / 1e9,
+            link_ms=1000 * link,
+            memory_ms=1000 * memory,
+            link_busy_ms=None if times.link_busy_s is None else 1000 * times.link_busy_s,
+            stall_ms=None if times.stall_s is None else 1000 * times.stall_s,
+            cpu_use=times.cpu_use,
+        )
+
+    def _weight_bytes(self) -> int:
+        model = self.loaded.model
+        parameters = {name: weight.nbytes for name, weight in model.named_parameters() if ".experts." not in name}
+        if not model.config.tie_word_embeddings:
+            parameters = {name: nbytes for name, nbytes in parameters.items() if "embed_tokens" not in name}
+        return sum(parameters.values())
