@@ -191,7 +191,11 @@ class OffloadConfig:
         if self.label_channels is not None:
             self._at_least("label_channels", 1)
         hot_set = self.hot_set
-        if isinstance(hot_set, bool) or not isinstance(hot_set, int | float) or not (hot_set == 0 or 1 <= hot_set < 1e6):
+        if (
+            isinstance(hot_set, bool)
+            or not isinstance(hot_set, int | float)
+            or not (hot_set == 0 or 1 <= hot_set < 1e6)
+        ):
             raise InputError(
                 f"hot_set={hot_set!r} must be a multiple of the budget of at least 1, such as 2, or 0 to keep no rows"
             )

@@ -11,7 +11,8 @@ from ds_offload.decode_layers import DecodeLayers
 from ds_offload.decoder import DecoderStack, Rope
 from ds_offload.kernels.new_token import rotate_heads
 from ds_offload.kv_context import KVContext
-from ds_offload.prefetch.selection import Step
+from ds_offload.prefetch.selection import Step, step_values
+from ds_offload.prefetch.streams import capture_stream
 
 
 class DecodeLoop:
@@ -75,7 +76,7 @@ class DecodeLoop:
         assert self._fixed is not None
         started = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), self._context.streams.capturing():
+        with torch.cuda.graph(graph, stream=capture_stream(self._decoder.device)), self._context.streams.capturing():
             self._logits = self._layers(self._fixed.tokens, self._fixed.step, self._fixed.rope)
         self.capture_s = time.perf_counter() - started
         self._graph = graph
@@ -98,7 +99,6 @@ class DecodeLoop:
             with streams.producing("hidden", layer + 1):
                 hidden = parts.finish(layer, hidden, attention.flatten(1))
         context.write_rows(step)
-        scheduler.end()
         return parts.logits(hidden)
 
     def _predict(self, layer: int, hidden: Tensor, rope: Rope) -> Tensor:
@@ -124,8 +124,8 @@ class _StepBuffers:
     def __init__(self, sequences: int, context: KVContext, decoder: DecoderStack) -> None:
         self._decoder = decoder
         self._window = context.window
-        self._staging = torch.zeros(5, sequences, dtype=torch.int64, pin_memory=True)
-        self._values = torch.zeros(5, sequences, dtype=torch.int64, device=decoder.device)
+        self._staging = torch.zeros(6, sequences, dtype=torch.int64, pin_memory=True)
+        self._values = torch.zeros(6, sequences, dtype=torch.int64, device=decoder.device)
         self.tokens = self._values[0]
         self.step = Step(*self._values[1:].unbind(0), context.most_kept, context.longest)
         self.rope: Rope | None = None
@@ -134,10 +134,9 @@ class _StepBuffers:
             self.rope = torch.empty_like(cos), torch.empty_like(sin)
 
     def fill(self, tokens: list[int], lengths: list[int], keep: list[int]) -> None:
-        past = [length - self._window.ring for length in lengths]
-        positions = [length - 1 for length in lengths]
-        self._staging.copy_(torch.tensor([tokens, lengths, positions, past, keep]))
+        values = step_values(lengths, keep, self._window)
+        self._staging.copy_(torch.tensor([tokens, *values]))
         self._values.copy_(self._staging, non_blocking=True)
         if self.rope is not None:
-            for to, of in zip(self.rope, self._decoder.rotary_each(positions), strict=True):
+            for to, of in zip(self.rope, self._decoder.rotary_each(values[1]), strict=True):
                 to.copy_(of)

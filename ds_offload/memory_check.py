@@ -2,55 +2,33 @@
 
 from __future__ import annotations
 
-import psutil
+import dataclasses
+
 import torch
 
 from ds_offload.config import OffloadConfig
-from ds_offload.dtypes import torch_dtype
 from ds_offload.errors import MemoryPlanError
-from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.loading import LoadedModel, ModelSource
-from ds_offload.memory.plan import CUDA_RESERVE_BYTES, CacheShape, MemoryPlan, hot_set_capacity, plan_memory
-from ds_offload.memory.window import AttentionWindow
+from ds_offload.machine.host_memory import host_memory
+from ds_offload.memory.plan import CUDA_RESERVE_BYTES, MemoryPlan
+from ds_offload.planning.changes import find_changes, longest_context
+from ds_offload.planning.request import MemoryLimits, Request, Shortage, memory_text, weight_bytes
+from ds_offload.planning.request import plan_request as plan_request
 
 
-def plan_request(source: ModelSource, config: OffloadConfig, prompts: list[int], capacities: list[int]) -> MemoryPlan:
-    """The memory plan of one call.
+def memory_limits(config: OffloadConfig, device: torch.device, loaded: int = 0) -> MemoryLimits:
+    """What may be taken of the memory that is free, on `device` and on the host.
 
     Args:
-        config: Resolved for the model.
-        prompts: Tokens of each prompt.
-        capacities: Most tokens of each sequence, prompt and answer.
+        config: `gpu_memory` and `host_memory` lower the limits.
+        loaded: Bytes of weights that are on `device` already; a plan counts them, so the limit does, too.
     """
-    shape = source.shape
-    window = AttentionWindow(config.sink_tokens, config.recent_tokens)
-    kept = max(window.selected(config.budget.tokens(capacity), capacity) for capacity in capacities)
-    assert config.label_channels is not None, "the config is resolved"
-    cache = CacheShape(
-        layers=shape.layers,
-        dense_layers=len(config.dense_layers),
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        itemsize=source.dtype.itemsize,
-        kv_itemsize=torch_dtype(config.kv_dtype).itemsize,
-        label_row_bytes=LabelLayout(config.label_channels, config.label_bits).row_bytes,
-        window=window,
-        most_kept=kept,
-        hot_slots=hot_set_capacity(config.hot_set, kept, max(capacities), window),
-        segment_tokens=int(config.segment_tokens),
-        prompts=prompts,
-        capacities=capacities,
-        kv_on_device=config.kv_location == "gpu",
-    )
-    return plan_memory(cache, weight_bytes(source))
-
-
-def weight_bytes(source: ModelSource) -> int:
-    """Bytes of the weights as they will be loaded."""
-    return source.shape.parameters * source.dtype.itemsize
+    if device.type == "cuda":
+        return MemoryLimits(_gpu_limit(config, device, loaded), _host_limit(config))
+    if not loaded:
+        return MemoryLimits(None, _host_limit(config))
+    there = _host_limit(dataclasses.replace(config, host_memory=None)) + loaded
+    return MemoryLimits(None, min(there, config.host_memory) if isinstance(config.host_memory, int) else there)
 
 
 def check_weights(source: ModelSource, config: OffloadConfig, device: torch.device) -> None:
@@ -59,48 +37,80 @@ def check_weights(source: ModelSource, config: OffloadConfig, device: torch.devi
     Raises:
         MemoryPlanError: They do not; nothing has been loaded.
     """
-    weights = weight_bytes(source)
-    if device.type == "cuda":
-        _compare("GPU", weights + CUDA_RESERVE_BYTES, _gpu_limit(config, device), "the weights", "gpu_memory")
-    else:
-        _compare("host", weights, _host_limit(config), "the weights", "host_memory")
+    limits = memory_limits(config, device)
+    needed = weight_bytes(source)
+    if limits.gpu is not None:
+        needed += CUDA_RESERVE_BYTES
+    place, limit = ("host", limits.host) if limits.gpu is None else ("GPU", limits.gpu)
+    if needed > limit:
+        raise MemoryPlanError(_line("the weights", Shortage(place, needed, limit), "choose a smaller model"))
+
+
+def check_memory(
+    source: ModelSource,
+    config: OffloadConfig,
+    device: torch.device,
+    prompts: list[int],
+    capacities: list[int],
+    loaded: int = 0,
+) -> MemoryPlan:
+    """The plan of a call, refused if it does not fit.
+
+    Args:
+        config: Resolved for the model.
+        prompts: Tokens of each prompt.
+        capacities: Most tokens of each sequence, prompt and answer.
+        loaded: Bytes of weights that are on `device` already.
+
+    Raises:
+        MemoryPlanError: GPU or host memory is short; names what is needed, what is there
+            and the smallest change that makes it fit.
+    """
+    cuda = device.type == "cuda"
+    request = Request(source, config, cuda, len(prompts), tuple(prompts), tuple(capacities))
+    plan, limits = request.plan(), memory_limits(config, device, loaded)
+    short = limits.shortage(plan)
+    if short is not None:
+        raise MemoryPlanError(_line(f"{sum(capacities):,} tokens", short, _remedy(request, limits)))
+    return plan
 
 
 def check_request(loaded: LoadedModel, config: OffloadConfig, prompts: list[int], capacities: list[int]) -> MemoryPlan:
-    """The plan of a call, refused if its caches do not fit, the weights being loaded already.
+    """The plan of a call, refused if its caches do not fit, the weights being loaded already; see `check_memory`.
 
     Raises:
         MemoryPlanError: GPU or host memory is short.
     """
-    plan = plan_request(loaded.source, config, prompts, capacities)
-    what = f"{sum(capacities):,} tokens"
-    if loaded.device.type == "cuda":
-        limit = _gpu_limit(config, loaded.device, plan.weights)
-        _compare("GPU", plan.gpu_total, limit, what, "gpu_memory")
-        _compare("host", plan.host_kv, _host_limit(config), what, "host_memory")
-    else:
-        taken = plan.gpu_tensors - plan.weights + plan.host_kv
-        _compare("host", taken, _host_limit(config), what, "host_memory")
-    return plan
+    source = loaded.source
+    return check_memory(source, config, loaded.device, prompts, capacities, loaded=weight_bytes(source))
 
 
 def _gpu_limit(config: OffloadConfig, device: torch.device, loaded: int = 0) -> int:
-    if isinstance(config.gpu_memory, int):
-        return config.gpu_memory
     free, _ = torch.cuda.mem_get_info(device)
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    # What is free counts neither the weights nor the context, which are there already.
-    return free + cached + (loaded + CUDA_RESERVE_BYTES if loaded else 0)
+    there = free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if loaded:
+        # Kernels and libraries that came with the weights have taken a part of the reserve.
+        there += loaded + CUDA_RESERVE_BYTES // 2
+    return min(there, config.gpu_memory) if isinstance(config.gpu_memory, int) else there
 
 
 def _host_limit(config: OffloadConfig) -> int:
-    available = psutil.virtual_memory().available
-    return min(available, config.host_memory) if isinstance(config.host_memory, int) else available
+    usable = host_memory().usable_bytes
+    return min(usable, config.host_memory) if isinstance(config.host_memory, int) else usable
 
 
-def _compare(place: str, needed: int, limit: int, what: str, field: str) -> None:
-    if needed > limit:
-        raise MemoryPlanError(
-            f"{what} need {needed / 2**30:.2f} GiB of {place} memory and {limit / 2**30:.2f} GiB are there ({field}); "
-            "shorten the prompt or answer, lower --token-budget or --hot-set, or choose a smaller model"
-        )
+def _remedy(request: Request, limits: MemoryLimits) -> str:
+    flags = find_changes(request, limits)
+    if flags:
+        return f"{' '.join(flags)} makes it fit"
+    longest = longest_context(dataclasses.replace(request, prompts=None, most=None), limits, request.context)
+    if longest:
+        each = " each" if request.batch > 1 else ""
+        return f"shorten the prompt: at most {longest:,} tokens{each} fit, the answer counted"
+    return "choose a smaller model"
+
+
+def _line(what: str, short: Shortage, remedy: str) -> str:
+    field = "gpu_memory" if short.place == "GPU" else "host_memory"
+    needed, limit = memory_text(short.needed), memory_text(short.limit)
+    return f"{what} need {needed} of {short.place} memory and {limit} are there ({field}); {remedy}"

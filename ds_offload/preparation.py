@@ -14,7 +14,8 @@ from ds_offload.dtypes import dtype_name
 from ds_offload.errors import InputError, LoadError
 from ds_offload.families import check_supported, describe_rope
 from ds_offload.loading import LoadedModel, ModelSource, find_model, load_tokenizer, load_weights
-from ds_offload.memory_check import check_weights
+from ds_offload.memory.plan import MemoryPlan
+from ds_offload.memory_check import check_memory, check_weights
 from ds_offload.prompts import encode_prompt
 
 
@@ -74,6 +75,23 @@ class PreparedModel:
             InputError: It is empty, of no kind that is known, or leaves no room for an answer.
         """
         return encode_checked(prompt, self.tokenizer, self.source, self.config)
+
+    def check(self, prompts: list[int], capacities: list[int]) -> MemoryPlan:
+        """The memory plan of one call, before the weights load.
+
+        Args:
+            prompts: Tokens of each prompt.
+            capacities: Most tokens of each sequence, prompt and answer.
+
+        Raises:
+            MemoryPlanError: It does not fit; names the smallest change that makes it fit.
+        """
+        return check_memory(self.source, self.config, self.device, prompts, capacities)
+
+    def check_answer(self, ids: list[int], max_new_tokens: int) -> MemoryPlan:
+        """`check` for one prompt and its answer of at most `max_new_tokens` tokens."""
+        assert isinstance(self.config.max_context, int), "the config is resolved"
+        return self.check([len(ids)], [min(len(ids) + max_new_tokens, self.config.max_context)])
 
     def load(self) -> LoadedModel:
         """Load the weights."""

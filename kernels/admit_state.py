@@ -13,6 +13,11 @@ NONE = -1
 MOST_SHORT_SLOTS = 2**15 - 1
 
 
+def listed_slots(capacity: int) -> int:
+    """Slots to give away that an admission lists at least, where there are so many."""
+    return max(1, capacity // 8)
+
+
 def page_dtype(capacity: int) -> torch.dtype:
     """How slot numbers below `capacity` are kept: int16 where they fit, else int32."""
     return torch.int16 if capacity <= MOST_SHORT_SLOTS else torch.int32
@@ -22,40 +27,43 @@ def page_dtype(capacity: int) -> torch.dtype:
 class AdmitState:
     """Which token each slot of one layer holds, and since when; changed in place.
 
-    Stamps are of admissions: 0 is none yet.
+    Stamps are of admissions: 0 is none yet. The next slots to give away are listed for
+    several admissions at once, since finding them reads every slot's stamp.
 
     Attributes:
         page: Slot of every token of the context, -1 if it has none: int16 or int32 [B, Hkv, T].
         tokens: Token of every slot, -1 if it is empty: int32 [B, Hkv, C].
         selected: Stamp of the last admission that selected the slot's token: int32 [B, Hkv, C].
-        arrived: Stamp of the admission that brought the slot's token: int32 [B, Hkv, C].
-        oldest: No slot was selected before this stamp: int32 [B, Hkv].
+        queue: Slots to give away, the first in front: int32 [B, Hkv, C].
+        marks: Of the queue, int32 [B, Hkv, 4]: entries taken from its front, its length,
+            the stamp of the admission that listed it, and the highest stamp in it then.
+            An entry that was selected since is passed over.
     """
 
     page: Tensor
     tokens: Tensor
     selected: Tensor
-    arrived: Tensor
-    oldest: Tensor
+    queue: Tensor
+    marks: Tensor
 
     @classmethod
     def empty(cls, batch: int, kv_heads: int, capacity: int, context: int, device: torch.device) -> AdmitState:
         """A state of `capacity` empty slots a head, for tokens below `context`."""
         heads = (batch, kv_heads)
-        stamps = [torch.zeros(*heads, capacity, dtype=torch.int32, device=device) for _ in range(2)]
+        zeros = [torch.zeros(*heads, capacity, dtype=torch.int32, device=device) for _ in range(2)]
         return cls(
             torch.full((*heads, context), NONE, dtype=page_dtype(capacity), device=device),
             torch.full((*heads, capacity), NONE, dtype=torch.int32, device=device),
-            *stamps,
-            torch.zeros(heads, dtype=torch.int32, device=device),
+            *zeros,
+            torch.zeros(*heads, 4, dtype=torch.int32, device=device),
         )
 
     def clear(self) -> None:
         """Empty every slot; later admissions go on counting their stamps."""
         self.page.fill_(NONE)
         self.tokens.fill_(NONE)
-        for stamps in (self.selected, self.arrived, self.oldest):
-            stamps.zero_()
+        for numbers in (self.selected, self.queue, self.marks):
+            numbers.zero_()
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,12 @@ def result_for(tokens: Tensor, places: Tensor | None) -> AdmitResult:
 
 
 def check_admit(
-    state: AdmitState, tokens: Tensor, clock: Tensor, began: Tensor, places: Tensor | None, counts: Tensor | None
+    state: AdmitState,
+    tokens: Tensor,
+    clock: Tensor,
+    recent: Tensor,
+    places: Tensor | None,
+    counts: Tensor | None,
 ) -> None:
     """Raise ValueError unless shapes, dtypes and devices are those of `admit_tokens`."""
     heads, capacity, device = state.tokens.shape[:2], state.tokens.shape[-1], state.tokens.device
@@ -94,7 +107,7 @@ def check_admit(
         )
     if tokens.shape[2] > capacity:
         raise ValueError(f"{tokens.shape[2]} tokens a row need as many slots; the state has {capacity}")
-    shapes = {"page": (*heads, state.page.shape[-1]), "oldest": tuple(heads)}
+    shapes = {"page": (*heads, state.page.shape[-1]), "marks": (*heads, 4)}
     for field in fields(state):
         value = getattr(state, field.name)
         dtype = page_dtype(capacity) if field.name == "page" else torch.int32
@@ -104,10 +117,11 @@ def check_admit(
                 f"state.{field.name} {value.dtype} {tuple(value.shape)} on {value.device} must be {dtype} "
                 f"{shape}, contiguous, on {device}"
             )
-    for name, value in (("clock", clock), ("began", began)):
+    stamps = [("clock", clock), ("recent", recent)]
+    for name, value in stamps:
         if value.dtype != torch.int32 or value.dim() != 0:
             raise ValueError(f"{name} {value.dtype} {tuple(value.shape)} must be an int32 scalar")
-    given = [("tokens", tokens), ("clock", clock), ("began", began)]
+    given = [("tokens", tokens), *stamps]
     if places is not None:
         given.append(("places", places))
         if places.dtype != torch.int64 or places.shape != tokens.shape or not _rows_apart(places):

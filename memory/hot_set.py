@@ -33,6 +33,9 @@ class HotSet:
         capacity: C, at least the largest K that is ever admitted.
         context: Most tokens of any sequence.
         reuse: Whether rows stay from step to step; without it every step fetches all it selects.
+
+    Attributes:
+        capacity, reuse: As given.
     """
 
     def __init__(
@@ -49,9 +52,10 @@ class HotSet:
         device: torch.device,
         reuse: bool = True,
     ) -> None:
+        self.capacity = capacity
+        self.reuse = reuse
         self._store = store
         self._window = window
-        self._reuse = reuse
         heads = (sequences, kv_heads)
         shape = (*heads, window.forced_slots + capacity, 2, head_dim)
         self._rows = {n: torch.empty(shape, dtype=store.dtype, device=device) for n in layers}
@@ -59,11 +63,13 @@ class HotSet:
         # Device counters, one a layer: a captured step advances them, and two streams never share one.
         self._clock = torch.zeros(max(layers, default=0) + 1, dtype=torch.int32, device=device)
         self._began = torch.zeros_like(self._clock)
+        self._recent = torch.zeros_like(self._clock)
 
     def begin_step(self) -> None:
-        """A new token: rows admitted before count as old from here on."""
+        """A new token: what the last one's admissions selected counts as recent from here on."""
+        self._recent.copy_(self._began)
         torch.add(self._clock, 1, out=self._began)
-        if not self._reuse:
+        if not self.reuse:
             for state in self._state.values():
                 state.clear()
 
@@ -104,7 +110,7 @@ class HotSet:
             self._state[layer],
             tokens,
             self._clock[layer].add_(1),
-            self._began[layer],
+            self._recent[layer],
             first_place=self._window.forced_slots,
             places=places,
             counts=counts,

@@ -2,32 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
+import math
 import mmap
-from concurrent.futures import ThreadPoolExecutor
+import os
+import threading
+from collections import deque
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ds_offload.errors import MemoryPlanError
+from ds_offload.machine.host_memory import memlock_limit
+from ds_offload.machine.numa import place_near
+
 _TOUCH_THREADS = 16
 _PAGE = mmap.PAGESIZE
+# A refused block is registered in halves down to pieces of this size.
+_SMALLEST_PIECE = 64 << 20
+
+
+@dataclass(eq=False)
+class _Block:
+    """A mapping and the pieces of it, (address, bytes), that are registered."""
+
+    memory: mmap.mmap
+    address: int
+    size: int
+    pieces: list[tuple[int, int]] = field(default_factory=list)
+
+    @classmethod
+    def map(cls, size: int) -> _Block:
+        memory = mmap.mmap(-1, size)
+        return cls(memory, torch.frombuffer(memory, dtype=torch.uint8).data_ptr(), size)
 
 
 class PinnedPool:
     """Blocks of host memory, page-locked for `device` when it is a CUDA device, plain otherwise.
 
     Making the pool allocates nothing. Blocks live until `close`, which unregisters
-    them on every way out of the `with` statement; tensors over a block must not be
-    used after that.
+    them on every way out of the `with` statement and gives their pages back to the system;
+    tensors over a block must not be used after that. They read zeros then, and the
+    addresses are unmapped with the last of them. One thread calls the pool.
 
     An anonymous mapping touched by several threads and then registered is ready about
     twice as fast as `torch.empty(..., pin_memory=True)`, and is not rounded up to a
-    power of two.
+    power of two. On a machine with several NUMA nodes it is placed on the GPU's.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._pin = device.type == "cuda"
-        self._blocks: list[tuple[int, int, mmap.mmap]] = []
+        self._blocks: list[_Block] = []
+        self._ahead: dict[tuple[int, int | None], deque[Future[_Block]]] = {}
+        self._worker: ThreadPoolExecutor | None = None
+        # Set for the worker that `close` waits for.
+        self._stopping = threading.Event()
 
     def __enter__(self) -> PinnedPool:
         return self
@@ -37,48 +71,129 @@ class PinnedPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held now."""
-        return sum(size for _, size, _ in self._blocks)
+        """Bytes held now, blocks made ahead among them."""
+        return sum(block.size for block in list(self._blocks))
 
     @property
     def pinned_bytes(self) -> int:
         """Bytes held and page-locked now."""
-        return self.nbytes if self._pin else 0
+        return sum(size for block in list(self._blocks) for _, size in list(block.pieces))
 
-    def allocate(self, nbytes: int) -> Tensor:
-        """A new block `[nbytes]` uint8, zeroed.
+    def prepare(self, nbytes: int, *, blocks: int = 1, grain: int | None = None) -> None:
+        """Start making blocks on a background thread; `allocate` with the same arguments takes them, first come first.
+
+        No CUDA graph may be captured until they are taken: registering memory may spoil
+        the capture. What goes wrong is raised by the `allocate` that takes the block.
+
+        Args:
+            nbytes, grain: As for `allocate`.
+            blocks: How many to add to those being made.
 
         Raises:
-            MemoryError: The host has no such block, or the driver refused to lock it.
+            ValueError: `nbytes` or `grain` below 1.
         """
-        size = -(-nbytes // _PAGE) * _PAGE
-        try:
-            block = mmap.mmap(-1, size)
-        except OSError as error:
-            raise MemoryError(f"no {size / 2**20:.0f} MiB of host memory for the KV cache: {error}") from error
-        tensor = torch.frombuffer(block, dtype=torch.uint8, count=nbytes)
-        address = tensor.data_ptr()
-        if self._pin:
-            _touch(address, size)
-            code = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))
-            if code != 0:
-                raise MemoryError(
-                    f"the driver refused to page-lock {size / 2**20:.0f} MiB (CUDA error {code}) after "
-                    f"{self.nbytes / 2**30:.1f} GiB; free host memory, raise `ulimit -l`, or shorten the context"
-                )
-        self._blocks.append((address, size, block))
-        return tensor
+        key = (_whole_pages(nbytes), _checked_grain(grain))
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="pinned-pool")
+        queue = self._ahead.setdefault(key, deque())
+        queue.extend(self._worker.submit(self._make, *key, self._stopping) for _ in range(blocks))
+
+    def allocate(self, nbytes: int, *, grain: int | None = None) -> Tensor:
+        """A new block `[nbytes]` uint8, zeroed; one that `prepare` made or is making, if there is one of that size.
+
+        Args:
+            nbytes: At least 1.
+            grain: Where the driver refuses to register the block as a whole, it is
+                registered in pieces that end at multiples of `grain` bytes: a copy between
+                host and device must not cross one. Kernels that read the block in place
+                may. None: copies may be anywhere, and a refusal is final.
+
+        Raises:
+            ValueError: `nbytes` or `grain` below 1.
+            MemoryError: The host has no such block.
+            MemoryPlanError: The driver refused to page-lock it. The block is gone, the
+                CUDA error is cleared, and what was allocated before is untouched.
+        """
+        key = (_whole_pages(nbytes), _checked_grain(grain))
+        queue = self._ahead.get(key)
+        block = queue.popleft().result() if queue else self._make(*key, self._stopping)
+        return torch.frombuffer(block.memory, dtype=torch.uint8, count=nbytes)
 
     def close(self) -> None:
-        """Unregister and forget every block. The mapping goes with the last tensor over it."""
+        """Join the background thread, wait for the device, then unregister and give back every block."""
+        worker, self._worker = self._worker, None
+        self._stopping.set()
         try:
-            if self._pin and self._blocks:
-                torch.cuda.synchronize()
+            if worker is not None:
+                worker.shutdown(wait=True, cancel_futures=True)
         finally:
-            while self._blocks:
-                address, _, _ = self._blocks.pop()
-                if self._pin:
-                    torch.cuda.cudart().cudaHostUnregister(address)
+            self._ahead.clear()
+            self._stopping = threading.Event()
+            try:
+                if self.pinned_bytes:
+                    _synchronize(self._device)
+            finally:
+                while self._blocks:
+                    self._release(self._blocks[-1])
+
+    def _make(self, size: int, grain: int | None, stopping: threading.Event) -> _Block:
+        try:
+            block = _Block.map(size)
+        except OSError as error:
+            raise MemoryError(f"no {size / 2**20:.0f} MiB of host memory for the KV cache: {error}") from error
+        # Listed before it is registered: whatever interrupts what follows, `close` finds it.
+        self._blocks.append(block)
+        if not self._pin:
+            return block
+        try:
+            place_near(self._device, block.address, size)
+            _touch(block.address, size)
+            if stopping.is_set():
+                raise CancelledError
+            self._register(block, grain)
+        except BaseException:
+            self._release(block)
+            raise
+        return block
+
+    def _register(self, block: _Block, grain: int | None) -> None:
+        """Page-lock a block as a whole, or in the largest pieces that the driver takes."""
+        step = block.size if grain is None else math.lcm(grain, _PAGE)
+        pending = [(block.address, block.size)]
+        while pending:
+            address, size = pending.pop()
+            block.pieces.append((address, size))
+            code = _register(self._device, address, size)
+            if code == 0:
+                continue
+            block.pieces.pop()
+            half = size // 2 // step * step
+            if half < _SMALLEST_PIECE:
+                raise MemoryPlanError(_refusal(block.size, self.pinned_bytes, code))
+            pending += [(address + half, size - half), (address, half)]
+
+    def _release(self, block: _Block) -> None:
+        for address, _ in block.pieces:
+            _unregister(self._device, address)
+        block.pieces.clear()
+        # Tensors over the block may outlive this, in the frames of an exception for one: the pages must not.
+        if hasattr(mmap, "MADV_REMOVE"):
+            with contextlib.suppress(OSError):
+                block.memory.madvise(mmap.MADV_REMOVE)
+        with contextlib.suppress(ValueError):
+            self._blocks.remove(block)
+
+
+def _whole_pages(nbytes: int) -> int:
+    if nbytes < 1:
+        raise ValueError(f"nbytes={nbytes} must be at least 1")
+    return -(-nbytes // _PAGE) * _PAGE
+
+
+def _checked_grain(grain: int | None) -> int | None:
+    if grain is not None and grain < 1:
+        raise ValueError(f"grain={grain} must be at least 1, or None")
+    return grain
 
 
 def _touch(address: int, size: int) -> None:
@@ -87,3 +202,69 @@ def _touch(address: int, size: int) -> None:
     with ThreadPoolExecutor(_TOUCH_THREADS) as pool:
         for start in range(0, size, share):
             pool.submit(ctypes.memset, address + start, 0, min(share, size - start))
+
+
+def _register(device: torch.device, address: int, size: int) -> int:
+    """Page-lock memory for `device`; returns CUDA's code, 0 when done, cleared otherwise."""
+    with torch.cuda.device(device):
+        code = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))
+        if code:
+            _clear_error()
+    return code
+
+
+def _unregister(device: torch.device, address: int) -> None:
+    with torch.cuda.device(device):
+        if int(torch.cuda.cudart().cudaHostUnregister(address)):
+            _clear_error()
+
+
+def _synchronize(device: torch.device) -> None:
+    torch.cuda.synchronize(device)
+
+
+def _clear_error() -> None:
+    """Take a failed call's code off this thread, where the next kernel launch would take it for its own.
+
+    CUDA keeps the code for each thread, so the thread that made the call clears it.
+    """
+    runtime = _cuda_runtime()
+    if runtime is not None:
+        runtime.cudaGetLastError()
+        return
+    # torch asks for the code behind every launch of its own, which clears it.
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)
+
+
+@functools.cache
+def _cuda_runtime() -> ctypes.CDLL | None:
+    """The runtime library that torch has loaded, whose `cudaGetLastError` torch does not pass on; None if not found."""
+    version, only_loaded = torch.version.cuda, getattr(os, "RTLD_NOLOAD", None)
+    if version is None or only_loaded is None:
+        return None
+    try:
+        return ctypes.CDLL(f"libcudart.so.{version.split('.')[0]}", mode=only_loaded)
+    except OSError:
+        return None
+
+
+def _refusal(size: int, held: int, code: int) -> str:
+    """One line: what was refused and why, what it costs, what to do."""
+    limit = memlock_limit()
+    memlock = "unlimited" if limit is None else f"{limit / 2**10:,.0f} KiB"
+    return (
+        f"the driver refused to page-lock {size / 2**20:.0f} MiB of host memory after {held / 2**30:.2f} GiB "
+        f"({_error_text(code)}; memlock is {memlock}); the GPU cannot read a KV cache that is not locked; "
+        "run `ulimit -l unlimited` first, start docker with --ulimit memlock=-1, free host memory, "
+        "or shorten the context"
+    )
+
+
+def _error_text(code: int) -> str:
+    try:
+        runtime = torch.cuda.cudart()
+        return f"CUDA error {code}: {runtime.cudaGetErrorString(runtime.cudaError(code))}"
+    except Exception:
+        # The text is a courtesy; without a working runtime there is the number.
+        return f"CUDA error {code}"

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from ds_offload.kernels.admit_state import page_dtype
+import torch
+
+from ds_offload.kernels.admit_state import AdmitState
+from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.memory.window import AttentionWindow
+from ds_offload.memory.workspace import CHUNK_BYTES as CHUNK_BYTES
+from ds_offload.memory.workspace import chunk_tokens as chunk_tokens
+from ds_offload.memory.workspace import decode_bytes, prefill_bytes
 
 # The CUDA context, its libraries' workspaces and the allocator's rounding.
 CUDA_RESERVE_BYTES = 768 * 2**20
-
-# Workspace of one chunk of tokens in norms and MLP, and of one block of heads in attention.
-CHUNK_BYTES = 256 * 2**20
-
-# Device bytes by which the hot set knows a slot: three numbers of 4 bytes (`AdmitState`).
-_SLOT_BYTES = 12
-
-
-def chunk_tokens(hidden_size: int, intermediate_size: int, itemsize: int) -> int:
-    """Prompt tokens per chunk such that the MLP's intermediate tensors stay within `CHUNK_BYTES`."""
-    per_token = (4 * intermediate_size + 4 * hidden_size) * itemsize
-    return max(256, CHUNK_BYTES // per_token // 64 * 64)
 
 
 def hot_set_capacity(hot_set: float, most_kept: int, longest: int, window: AttentionWindow) -> int:
@@ -36,12 +31,18 @@ class CacheShape:
 
     Attributes:
         layers, dense_layers: Decoder layers, and how many of them keep their K/V on the device.
-        itemsize, kv_itemsize: Bytes of an element of the model and of the stored K/V.
-        label_row_bytes: Bytes of one label.
+        active_experts: Experts that a token goes through; 1 where the MLP is no mixture.
+        dtype, kv_dtype: Of the model and of the stored K/V.
+        labels: The code of a label.
         most_kept: Most candidates a KV head keeps at a step.
         hot_slots: Slots of the hot set per layer and KV head.
         prompts, capacities: Tokens of each prompt, and most tokens of each sequence.
         kv_on_device: Whether the store is on the device (`kv_location="gpu"`).
+        cuda: Whether that is a CUDA device, whose kernels take another workspace than the CPU's code.
+        predicted: Whether the next layer's tokens are selected while a layer computes.
+        look_ahead: Tokens of a KV head that are brought on the device for the next step, 0 for none.
+        top_p: Whether scores are sorted to find how many tokens to keep.
+        everything: Whether every candidate is kept, and nothing scored.
     """
 
     layers: int
@@ -51,9 +52,11 @@ class CacheShape:
     head_dim: int
     hidden_size: int
     intermediate_size: int
-    itemsize: int
-    kv_itemsize: int
-    label_row_bytes: int
+    active_experts: int
+    vocab_size: int
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    labels: LabelLayout
     window: AttentionWindow
     most_kept: int
     hot_slots: int
@@ -61,6 +64,31 @@ class CacheShape:
     prompts: Sequence[int]
     capacities: Sequence[int]
     kv_on_device: bool
+    cuda: bool
+    predicted: bool
+    look_ahead: int
+    top_p: bool
+    everything: bool
+
+    @property
+    def rows(self) -> int:
+        """Sequences times KV heads."""
+        return len(self.capacities) * self.kv_heads
+
+    @property
+    def row_bytes(self) -> int:
+        """Stored K and V of one token of one KV head."""
+        return 2 * self.head_dim * self.kv_dtype.itemsize
+
+    @property
+    def scored(self) -> bool:
+        """Whether a step computes label scores."""
+        return self.most_kept > 0 and not self.everything
+
+    @property
+    def weighed(self) -> bool:
+        """Whether scores of query heads become attention weights, summed over a KV head's group."""
+        return self.top_p or self.heads > self.kv_heads
 
 
 @dataclass(frozen=True)
@@ -73,10 +101,9 @@ class MemoryPlan:
         hot_set: Device rows: sinks, recent window and hot set, with their bookkeeping.
         buffers: The new token's rows, dense layers' K/V and, with `kv_location="gpu"`,
             the store.
-        prefill: The longest prompt's hidden states, queries, two layers' K/V, RoPE,
-            and the chunk workspace.
-        decode: Scores and their copies in selection.
-        reserve: CUDA context and allocator.
+        prefill: Workspace of the longest prompt: hidden states, queries, two layers' K/V, RoPE, chunks.
+        decode: Workspace of a step: scores and selections in flight, attention, logits.
+        reserve: CUDA context and allocator; 0 on a CPU.
         host_kv: The store on the host.
     """
 
@@ -103,35 +130,30 @@ class MemoryPlan:
 def plan_memory(shape: CacheShape, weights: int) -> MemoryPlan:
     """Add up what a run of `shape` takes, given the bytes of the weights."""
     offloaded = shape.layers - shape.dense_layers
-    sequences, tokens = len(shape.capacities), sum(shape.capacities)
-    head_row = 2 * shape.head_dim * shape.kv_itemsize
+    tokens = sum(shape.capacities)
     segments = sum(-(-capacity // shape.segment_tokens) for capacity in shape.capacities)
-    store = offloaded * segments * shape.segment_tokens * shape.kv_heads * head_row
-    rows = sequences * shape.kv_heads
+    segment = offloaded * shape.segment_tokens * shape.kv_heads * shape.row_bytes
+    if not shape.kv_on_device:
+        # A block of host memory is whole pages.
+        segment = -(-segment // mmap.PAGESIZE) * mmap.PAGESIZE
     slots = shape.window.forced_slots + shape.hot_slots
-    longest, prompt = max(shape.capacities), max(shape.prompts)
-    page = longest * page_dtype(shape.hot_slots).itemsize
-    hot_set = offloaded * rows * (slots * head_row + shape.hot_slots * _SLOT_BYTES + page + 4)
-    buffers = shape.layers * rows * head_row
-    buffers += shape.dense_layers * tokens * shape.kv_heads * head_row
+    hot_set = offloaded * (shape.rows * slots * shape.row_bytes + _admit_bytes(shape))
+    buffers = shape.layers * shape.rows * shape.row_bytes
+    buffers += shape.dense_layers * tokens * shape.kv_heads * shape.row_bytes
     return MemoryPlan(
         weights=weights,
-        labels=shape.layers * shape.kv_heads * tokens * shape.label_row_bytes,
+        labels=shape.layers * shape.kv_heads * tokens * shape.labels.row_bytes,
         hot_set=0 if shape.kv_on_device else hot_set,
-        buffers=buffers + (store if shape.kv_on_device else 0),
-        prefill=_prefill_bytes(shape, prompt),
-        # Scores, the softmax of them, their sum over a group, its masked copy, top-k's copies.
-        decode=sequences * longest * (2 * shape.heads + 4 * shape.kv_heads) * 4,
-        reserve=CUDA_RESERVE_BYTES,
-        host_kv=0 if shape.kv_on_device else store,
+        buffers=buffers + (segments * segment if shape.kv_on_device else 0),
+        prefill=prefill_bytes(shape),
+        decode=decode_bytes(shape),
+        reserve=CUDA_RESERVE_BYTES if shape.cuda else 0,
+        host_kv=0 if shape.kv_on_device else segments * segment,
     )
 
 
-def _prefill_bytes(shape: CacheShape, prompt: int) -> int:
-    per_token = shape.hidden_size + shape.heads * shape.head_dim + 2 * shape.kv_heads * 2 * shape.head_dim
-    per_token += 2 * shape.head_dim
-    chunk = min(prompt, chunk_tokens(shape.hidden_size, shape.intermediate_size, shape.itemsize))
-    chunk_bytes = chunk * (4 * shape.intermediate_size + 4 * shape.hidden_size) * shape.itemsize
-    group = prompt * shape.heads // shape.kv_heads * shape.head_dim * shape.itemsize
-    attention = min(prompt * shape.heads * shape.head_dim * shape.itemsize, max(CHUNK_BYTES, group))
-    return prompt * per_token * shape.itemsize + max(chunk_bytes, attention)
+def _admit_bytes(shape: CacheShape) -> int:
+    """By which the hot set of a layer knows its slots: those of a state that takes no memory."""
+    heads = (len(shape.capacities), shape.kv_heads)
+    state = AdmitState.empty(*heads, shape.hot_slots, max(shape.capacities), torch.device("meta"))
+    return sum(getattr(state, field.name).nbytes for field in fields(state))

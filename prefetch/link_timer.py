@@ -31,8 +31,8 @@ class LinkTimer:
     """Times of the rows' copies, taken on the device by the kernels that copy.
 
     Always on: a step adds two atomic operations to every copying program, one tiny
-    kernel to every layer that waits for the prefetch stream, and a few at the step's
-    end. On a CPU there is no link and nothing is timed.
+    kernel to every layer that waits for the prefetch stream, and a few at the next step's
+    begin. On a CPU there is no link and nothing is timed.
     """
 
     def __init__(self, layers: int, device: torch.device) -> None:
@@ -59,7 +59,7 @@ class LinkTimer:
             stamp(self._ready[layer])
 
     def add_step(self) -> None:
-        """Add a step's times up, on a stream behind all its copies."""
+        """Add the last step's times up, on a stream behind all its copies."""
         if self._spans is None:
             return
         spent = (self._spans[..., 1] - self._spans[..., 0]).clamp_(min=0)
@@ -72,6 +72,8 @@ class LinkTimer:
         """The times so far, None on a CPU; waits for the device."""
         if self._spans is None:
             return None
+        torch.cuda.synchronize(self._spans.device)
+        self.add_step()
         return LinkTime(self._busy.tolist(), self._stall.tolist())
 
     def _reset(self) -> None:

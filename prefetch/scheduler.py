@@ -14,7 +14,7 @@ from ds_offload.memory.hot_set import HotSet
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.window import AttentionWindow
 from ds_offload.prefetch.link_timer import LinkTimer
-from ds_offload.prefetch.selection import Selector, Step
+from ds_offload.prefetch.selection import LOOK_AHEAD_PART, Selection, Selector, Step
 from ds_offload.prefetch.streams import Streams
 from ds_offload.prefetch.traffic import Traffic
 
@@ -38,21 +38,27 @@ class Kept:
 class PrefetchScheduler:
     """Gives every layer the rows its query attends to.
 
-    Modes: "exact" fetches what the predicted query selects while the layer before
-    computes, then selects with the true query and fetches what is still missing;
-    "speculative" attends to what the predicted query selected; "off" does everything
-    in line. Exact and off attend to the same tokens. The first layer has no layer
-    before it and is always done in line.
+    Modes:
 
-    Layers read and fill rows of their own, so while layer l attends over its rows the
-    prefetch stream fills layer l+1's. With the store on the device there is nothing to
-    fetch: attention reads the store.
+    - "exact": the query selects and what is missing is fetched in line; behind that, the
+      look-ahead brings the tokens that ranked next, for the next step, while everything
+      else computes. Most of what a step newly selects ranked just too low a step before.
+    - "speculative": a query predicted one layer ahead selects and fetches for layer l+1
+      while layer l computes, and attention takes that selection, as in the paper. The
+      first layer has no layer before it and is done in line.
+    - "off": everything in line.
+
+    Exact and off attend to the same tokens. Layers read and fill rows of their own, so
+    the prefetch stream fills one layer's while another attends over its own. With the
+    store on the device there is nothing to fetch: attention reads the store.
 
     Hand-overs (see `Streams`): `start` runs on the prefetch stream behind `hidden` and
-    records `selection` and `gather`, for which `keep` waits. Labels and store rows of
-    earlier tokens are there since the step began. Places are written alternately into
-    two buffers: the prefetch stream fills one behind the input of layer l+1, when
-    attention in layer l, the other's last reader, has been issued before that input.
+    records `selection` and `gather`, for which `keep` waits. The look-ahead runs there
+    behind `admitted`; it takes no slot of what was just selected, and the next step waits
+    for it. Labels and store rows of earlier tokens are there since the step began. Places
+    are written alternately into two buffers: the prefetch stream fills one behind the
+    input of layer l+1, when attention in layer l, the other's last reader, has been issued
+    before that input.
 
     Args:
         hot_set: The device rows of offloaded layers; None reads `store` directly (it
@@ -89,6 +95,7 @@ class PrefetchScheduler:
 
     def begin(self, step: Step) -> None:
         """A new step: its lengths and budgets hold for every layer."""
+        self.timer.add_step()
         self._step = step
         self._started.clear()
         forced = self._window.forced_slots
@@ -97,16 +104,15 @@ class PrefetchScheduler:
             window = self._hot_set.window_places(window)
             self._hot_set.begin_step()
         shape = (*self._heads, forced + step.most_kept)
-        self._places = tuple(torch.empty(shape, dtype=torch.int64, device=window.device) for _ in range(2))
+        buffers = torch.empty(2, *shape, dtype=torch.int64, device=window.device)
+        self._places = buffers[0], buffers[1]
         for places in self._places:
             places[..., :forced] = window[:, None]
 
     def wants_prediction(self, layer: int) -> bool:
-        """Whether `start` is worth calling for `layer`."""
-        step = self._current_step()
-        if layer not in self._store or self._mode == "off" or step.most_kept == 0 or self.selector.everything:
-            return False
-        return self._mode == "speculative" or self._hot_set is not None
+        """Whether `start` is to be called for `layer`."""
+        selects = self._current_step().most_kept > 0 and not self.selector.everything
+        return self._mode == "speculative" and layer in self._store and selects
 
     def start(self, layer: int, hidden: Tensor, predict: Callable[[Tensor], Tensor]) -> None:
         """Choose and fetch for `layer` while the layer before computes.
@@ -116,7 +122,6 @@ class PrefetchScheduler:
             predict: Makes the predicted query `[B, H, D]` of it, on the current stream.
         """
         step, streams = self._current_step(), self._streams
-        speculative = self._mode == "speculative"
         streams.lend(hidden, "prefetch")
         with streams.on("prefetch"):
             streams.wait("hidden", layer - 1)
@@ -127,39 +132,56 @@ class PrefetchScheduler:
                     self._hot_set.admit(
                         layer,
                         tokens,
-                        places=self._selected_places(layer) if speculative else None,
+                        places=self._selected_places(layer),
                         counts=self._counts[layer],
-                        attended=speculative,
                         timer=self.timer.prefetch(layer),
                     )
         self._started[layer] = streams.lend(tokens, "compute")
 
     def keep(self, layer: int, query: Tensor) -> Kept:
         """The rows that `layer`'s query `[B, H, D]` attends to."""
-        streams = self._streams
+        assert self._places is not None, "begin() comes before a step's layers"
         predicted = self._started.pop(layer, None)
-        speculative = self._mode == "speculative" and predicted is not None
-        tokens = predicted if speculative else self.selector.select(layer, query, self._current_step())
-        assert tokens is not None
         if predicted is not None:
             self.timer.ready(layer)
-            streams.wait("selection", layer)
-            streams.wait("gather", layer)
-        selected = self._selected_places(layer)
-        if self._hot_set is None:
-            selected.copy_(tokens)
-        elif not speculative and tokens.shape[2]:
-            counts, timer = self._counts[layer], self.timer.in_line(layer)
-            self._hot_set.admit(layer, tokens, places=selected, counts=counts, timer=timer)
-            if predicted is not None:
-                self._compared.add(layer)
-        assert self._places is not None
+            self._streams.wait("selection", layer)
+            self._streams.wait("gather", layer)
+            if self._hot_set is None:
+                self._selected_places(layer).copy_(predicted)
+        else:
+            self._select(layer, query)
         rows = self._hot_set.rows(layer) if self._hot_set is not None else self._store.stored_rows(layer)
         return Kept(rows, self._places[layer % 2])
 
-    def end(self) -> None:
-        """Behind the last layer of a step: add its times up."""
-        self.timer.add_step()
+    def _select(self, layer: int, query: Tensor) -> None:
+        """Select and fetch in line; in exact mode look ahead behind that."""
+        step, hot_set = self._current_step(), self._hot_set
+        with self._streams.producing("admitted", layer):
+            selection = self.selector.select(layer, query, step)
+            places = self._selected_places(layer)
+            if hot_set is None:
+                places.copy_(selection.tokens)
+            elif selection.tokens.shape[2]:
+                counts, timer = self._counts[layer], self.timer.in_line(layer)
+                hot_set.admit(layer, selection.tokens, places=places, counts=counts, timer=timer)
+        if hot_set is None or self._mode != "exact" or not hot_set.reuse or selection.scores is None:
+            return
+        width = min(hot_set.capacity, step.most_kept + step.most_kept // LOOK_AHEAD_PART)
+        if width > step.most_kept:
+            self._look_ahead(layer, selection, width)
+
+    def _look_ahead(self, layer: int, selection: Selection, width: int) -> None:
+        step, hot_set, streams = self._current_step(), self._hot_set, self._streams
+        assert hot_set is not None and selection.scores is not None
+        for tensor in (selection.scores, selection.keep):
+            streams.lend(tensor, "prefetch")
+        with streams.on("prefetch"):
+            streams.wait("admitted", layer)
+            with streams.producing("look_ahead", layer):
+                tokens = self.selector.look_ahead(layer, selection, step, width)
+                counts, timer = self._counts[layer], self.timer.prefetch(layer)
+                hot_set.admit(layer, tokens, counts=counts, attended=False, timer=timer)
+        self._compared.add(layer)
 
     def traffic(self) -> list[Traffic]:
         """Counts of every layer so far; waits for the device."""

@@ -35,6 +35,9 @@ class Streams:
     - `hidden`: a layer's input; made on compute, read by the prediction on prefetch.
     - `selection`: predicted tokens; made on prefetch, read on compute.
     - `gather`: rows of the predicted tokens; made on prefetch, read on compute.
+    - `admitted`: a layer's selection, its scores and its slots; made on compute, read by the
+      look-ahead on prefetch.
+    - `look_ahead`: rows for the next step; made on prefetch, read in the next step.
     - `rows`: K/V of a layer's new token; made on compute, read by the writer.
     - `host_write`: the same rows in the host's store; made by the writer, read in later steps.
     - `kv`: a prompt layer's K/V; made on compute, read by the writer.
@@ -55,7 +58,7 @@ class Streams:
         self._events: dict[tuple[str, int], torch.cuda.Event] = {}
         self._streams: dict[str, torch.cuda.Stream] = {}
         if self._cuda:
-            prefetch, writer = _side_streams(device)
+            prefetch, writer, _ = _side_streams(device)
             self._streams = {"compute": torch.cuda.current_stream(device), "prefetch": prefetch, "writer": writer}
 
     def on(self, name: StreamName) -> Any:
@@ -115,7 +118,12 @@ class Streams:
             self._events.clear()
 
 
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream to capture a step's compute on: its kernels go before those of the other two."""
+    return _side_streams(device)[2]
+
+
 @functools.cache
-def _side_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """The device's prefetch and writer streams, the same for every decode: libraries keep a workspace for each."""
-    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+def _side_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream, torch.cuda.Stream]:
+    """The device's prefetch, writer and capture streams, the same for every decode: libraries keep a workspace each."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device), torch.cuda.Stream(device, priority=-1)

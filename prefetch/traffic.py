@@ -14,8 +14,8 @@ class Traffic:
         moved: Rows copied over the link.
         selected: Rows that were selected and attended (the window's not counted).
         old: Of those, rows on the device since an earlier step.
-        predicted: Rows the true query selected where there was a prediction to compare.
-        recalled: Of those, rows that the prediction had selected too.
+        predicted: Rows selected in layers with a look-ahead.
+        recalled: Of those, rows that the last step's selection or look-ahead had.
     """
 
     moved: int
@@ -31,7 +31,7 @@ class Traffic:
 
     @property
     def recall(self) -> float | None:
-        """Share of the true query's selection that the prediction had selected."""
+        """Share of the selection that the last step's selection or look-ahead had."""
         return self.recalled / self.predicted if self.predicted else None
 
     @staticmethod

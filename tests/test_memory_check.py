@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,7 @@ from tiny_models import random_prompts, save_tiny, tiny_config
 from ds_offload import OffloadConfig, OffloadedGenerator
 from ds_offload.errors import MemoryPlanError
 from ds_offload.kv_context import KVContext
-from ds_offload.memory.plan import CHUNK_BYTES, chunk_tokens, hot_set_capacity
-from ds_offload.memory.window import AttentionWindow
-from ds_offload.memory_check import plan_request
+from ds_offload.memory_check import check_request, memory_limits, plan_request
 
 CAPACITIES = [300, 41, 77]
 
@@ -46,7 +45,7 @@ def test_the_plan_is_what_a_context_allocates(changes: dict[str, Any], tmp_path:
     config = OffloadConfig(max_context=1024, **changes)
     with OffloadedGenerator.from_pretrained(str(tmp_path), config=config, device="cpu") as gen:
         gen.generate(random_prompts(20)[0], max_new_tokens=1)
-        plan = plan_request(gen.loaded.source, gen.config, [20, 20, 20], CAPACITIES)
+        plan = plan_request(gen.loaded.source, gen.config, [20, 20, 20], CAPACITIES, cuda=False)
         assert gen._calibration is not None
         with KVContext(gen.decoder, gen.config, gen._calibration, CAPACITIES) as context:
             for number, capacity in enumerate(CAPACITIES):
@@ -57,7 +56,7 @@ def test_the_plan_is_what_a_context_allocates(changes: dict[str, Any], tmp_path:
             assert plan.host_kv == context.host_bytes == (0 if held is None else context.store.nbytes)
             buffers = context._new_rows.nbytes + sum(dense.nbytes for dense in context._dense)
             if held is None:
-                buffers += context.store.nbytes + tensors_of(context.scheduler._buffer)
+                buffers += context.store.nbytes
             assert plan.buffers == buffers
         parameters = sum(parameter.nbytes for parameter in gen.loaded.model.parameters())
     assert plan.weights == parameters
@@ -73,22 +72,9 @@ def test_prefill_grows_with_the_prompt_and_not_with_the_layers(tmp_path: Path) -
                 plans[layers, prompt] = plan_request(gen.loaded.source, gen.config, [prompt], [prompt + 1]).prefill
     assert plans[2, 10_000] == plans[8, 10_000]
     # Four bytes each: hidden, queries, two layers' K/V, RoPE; and the MLP's chunk, which both prompts fit in.
+    # Eight of the token ids.
     per_token = 64 + 64 + 4 * 2 * 16 + 2 * 16 + 4 * (128 + 64)
-    assert plans[2, 20_000] - plans[2, 10_000] == 10_000 * 4 * per_token
-
-
-def test_chunks_stay_within_their_workspace() -> None:
-    for hidden, intermediate, itemsize in ((64, 128, 4), (4096, 11008, 2), (8192, 28672, 2)):
-        tokens = chunk_tokens(hidden, intermediate, itemsize)
-        assert tokens % 64 == 0
-        assert tokens == 256 or tokens * 4 * (hidden + intermediate) * itemsize <= CHUNK_BYTES
-
-
-def test_the_hot_set_holds_a_selection_and_no_more_than_the_candidates() -> None:
-    window = AttentionWindow(4, 64)
-    assert hot_set_capacity(2.0, 100, 10_000, window) == 200
-    assert hot_set_capacity(2.0, 100, 219, window) == 150
-    assert hot_set_capacity(1.0, 0, 50, window) == 1
+    assert plans[2, 20_000] - plans[2, 10_000] == 10_000 * (4 * per_token + 8)
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -102,6 +88,36 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
         str(tmp_path), config=OffloadConfig(max_context=100_000, host_memory="8MiB"), device="cpu"
     ) as gen:
         gen.generate(random_prompts(20)[0], max_new_tokens=1)
-        with pytest.raises(MemoryPlanError, match="90,004 tokens need") as error:
+        with pytest.raises(MemoryPlanError, match=r"90,004 tokens need .* of host memory and .* are there") as error:
             gen.generate(random_prompts(90_000)[0], max_new_tokens=4)
         assert "\n" not in str(error.value)
+        found = re.search(r"at most ([\d,]+) tokens fit", str(error.value))
+        assert found is not None
+        longest = int(found[1].replace(",", ""))
+        check_request(gen.loaded, gen.config, [longest], [longest])
+        with pytest.raises(MemoryPlanError, match="tokens need"):
+            check_request(gen.loaded, gen.config, [longest + 1], [longest + 1])
+
+
+def test_the_smallest_change_is_named(tmp_path: Path) -> None:
+    """A budget of half the context keeps every row twice: without the second copies it fits."""
+    save_tiny(tmp_path, tiny_config("llama"))
+    config = OffloadConfig(max_context=8192, token_budget="1/4", hot_set=4)
+    with OffloadedGenerator.from_pretrained(str(tmp_path), config=config, device="cpu") as gen:
+        wanted = dataclasses.replace(gen.config, hot_set=1.25)
+        short = plan_request(gen.loaded.source, wanted, [1000], [4000], cuda=False)
+        gen.config = dataclasses.replace(gen.config, host_memory=short.gpu_total + short.host_kv)
+        with pytest.raises(MemoryPlanError, match=r"--hot-set 1\.25 makes it fit"):
+            check_request(gen.loaded, gen.config, [1000], [4000])
+        check_request(gen.loaded, dataclasses.replace(gen.config, hot_set=1.25), [1000], [4000])
+
+
+@pytest.mark.gpu
+def test_gpu_memory_only_lowers_what_is_free(tmp_path: Path) -> None:
+    save_tiny(tmp_path, tiny_config("llama"))
+    device = torch.device("cuda", 0)
+    free = memory_limits(OffloadConfig(), device).gpu
+    assert free is not None and memory_limits(OffloadConfig(gpu_memory="900GiB"), device).gpu == pytest.approx(free)
+    assert memory_limits(OffloadConfig(gpu_memory="64MiB"), device).gpu == 64 << 20
+    with pytest.raises(MemoryPlanError, match=r"weights need .* of GPU memory"):
+        OffloadedGenerator.from_pretrained(str(tmp_path), config=OffloadConfig(gpu_memory="64MiB"), device="cuda")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ds_offload.kv_context import KVContext
 from ds_offload.prefetch.link_timer import LinkTimer
 from ds_offload.prefetch.scheduler import Kept
-from ds_offload.prefetch.selection import Step
+from ds_offload.prefetch.selection import Selection, Step
 from ds_offload.prefetch.traffic import Traffic
 
 
@@ -29,15 +29,14 @@ class TopKSelector:
         self._sinks = context.window.sinks
         self._scaling = scaling
 
-    def select(self, layer: int, query: Tensor, step: Step) -> Tensor:
-        """Tokens `[B, Hkv, most_kept]` int64 for queries `[B, H, D]`, -1 where there are fewer candidates."""
+    def select(self, layer: int, query: Tensor, step: Step) -> Selection:
+        """The selection of queries `[B, H, D]`, -1 where there are fewer candidates."""
         scores = self._labels.scores(layer, query, step.positions, step.max_length, self._scaling)
         token = torch.arange(scores.shape[-1], device=scores.device)
         outside = (token < self._sinks) | (token >= step.past[:, None, None])
         best = scores.masked_fill(outside, -torch.inf).topk(step.most_kept, -1, sorted=False)
-        return torch.where(best.values > -torch.inf, best.indices, -1)
-
-    predict = select
+        tokens = torch.where(best.values > -torch.inf, best.indices, -1)
+        return Selection(tokens, scores, step.keep)
 
 
 class PaperScheduler:
@@ -70,6 +69,7 @@ class PaperScheduler:
     def begin(self, step: Step) -> None:
         """A new step."""
         assert self._context.hot_set is not None, "the store is on the host"
+        self.timer.add_step()
         self._step = step
         window = self._context.window
         tokens = torch.cat((window.sink_tokens(step.lengths), window.recent_tokens(step.lengths)), -1)
@@ -88,17 +88,13 @@ class PaperScheduler:
         context = self._context
         assert self._step is not None and self._window is not None, "begin() comes before a step's layers"
         assert context.hot_set is not None, "the store is on the host"
-        tokens = self.selector.select(layer, query, self._step)
+        tokens = self.selector.select(layer, query, self._step).tokens
         places = context.window.forced_slots + torch.arange(tokens.shape[2], device=tokens.device)
         places = torch.where(tokens >= 0, places, -1)
         rows = context.hot_set.rows(layer)
         context.store.gather(layer, tokens, places, rows, timer=self.timer.in_line(layer))
         self._fetched[layer] += (tokens >= 0).sum()
         return Kept(rows, torch.cat((self._window.expand(*tokens.shape[:2], -1), places), -1))
-
-    def end(self) -> None:
-        """Behind the last layer of a step."""
-        self.timer.add_step()
 
     def traffic(self) -> list[Traffic]:
         """Counts of every layer so far; waits for the device."""

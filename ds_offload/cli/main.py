@@ -13,7 +13,9 @@ import typer
 import ds_offload
 from ds_offload.cli import bench
 from ds_offload.cli.calibrate import calibrate
+from ds_offload.cli.doctor import doctor
 from ds_offload.cli.option_groups import add_options
+from ds_offload.cli.plan import plan
 from ds_offload.cli.run import run
 from ds_offload.cli.summarize import summarize
 from ds_offload.errors import InputError
@@ -56,6 +58,8 @@ def _register(command: Callable[..., None]) -> None:
 _register(run)
 _register(summarize)
 _register(calibrate)
+_register(plan)
+_register(doctor)
 app.add_typer(bench.app, name="bench")
 
 

@@ -46,7 +46,8 @@ def run(
     text = read_prompt(prompt, prompt_file)
     if question is not None and not question.strip():
         raise InputError("--question is empty; give a question about the prompt, or leave it out")
-    check_sampling(sampling)
+    longest = check_sampling(sampling).max_new_tokens
+    assert isinstance(longest, int)
 
     from ds_offload.generator import OffloadedGenerator
     from ds_offload.preparation import PreparedModel
@@ -55,6 +56,7 @@ def run(
     ids = prepared.encode(build_prompt(text, question, chat, prepared.tokenizer))
     if sampling.get("stop") and prepared.tokenizer is None:
         raise InputError("--stop needs a tokenizer, and this model's folder has none; leave --stop out")
+    prepared.check_answer(ids, longest)
     with OffloadedGenerator.from_prepared(prepared) as generator:
         answer(generator, ids, sampling, as_json)
 

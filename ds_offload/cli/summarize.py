@@ -54,6 +54,7 @@ def summarize(
         trained_context=prepared.source.shape.trained_context,
     )
     ids = prepared.encode(prompt)
+    prepared.check_answer(ids, longest)
     with OffloadedGenerator.from_prepared(prepared) as generator:
         answer(generator, ids, sampling, as_json)
 

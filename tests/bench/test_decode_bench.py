@@ -146,9 +146,9 @@ def test_what_is_not_fetched_is_what_the_hot_set_holds(bench: Bench) -> None:
     assert times.traffic.old == times.traffic.selected - times.traffic.moved
 
 
-def test_the_recall_is_that_of_the_replayed_predictions(bench: Bench) -> None:
+def test_the_recall_is_that_of_the_replayed_look_ahead(bench: Bench) -> None:
     times = bench.times("prefetch-exact")
-    pairs = zip(bench.selections.tokens[WARM_UPS:], bench.selections.predicted[WARM_UPS:], strict=True)
+    pairs = zip(bench.selections.tokens[WARM_UPS:], bench.selections.ahead[WARM_UPS - 1 : -1], strict=True)
     hits = sum(
         int(torch.isin(a, b).sum())
         for now, ahead in pairs
@@ -193,8 +193,8 @@ def test_top_k_selects_what_the_selector_selects(bench: Bench) -> None:
     with bench.context("ours") as (decoder, context):
         step = Step.make([TOKENS, TOKENS - 30], [KEPT, KEPT], context.window, CPU)
         query = torch.randn(SEQUENCES, decoder.heads, decoder.head_dim)
-        expected = context.scheduler.selector.select(1, query, step)
-        found = TopKSelector(context, decoder.scaling).select(1, query, step)
+        expected = context.scheduler.selector.select(1, query, step).tokens
+        found = TopKSelector(context, decoder.scaling).select(1, query, step).tokens
         assert torch.equal(found.sort(-1).values, expected)
         assert not torch.equal(found, expected)
 

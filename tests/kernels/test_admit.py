@@ -44,38 +44,48 @@ class PlainRow:
     def __init__(self, capacity: int) -> None:
         self.held: list[int | None] = [None] * capacity
         self.selected = [0] * capacity
-        self.arrived = [0] * capacity
-        self.oldest = 0
+        self.queue: list[int] = []
+        self.listed_at = 0
 
-    def admit(self, tokens: list[int], clock: int, began: int) -> tuple[list[int], list[int], list[int], list[int]]:
+    def admit(self, tokens: list[int], clock: int, recent: int) -> tuple[list[int], list[int], list[int], list[int]]:
         """Places from 100 on, what is missing, where to, and the four counts."""
         wanted = [token for token in tokens if token >= 0]
         slot_of = {token: slot for slot, token in enumerate(self.held) if token in wanted}
         missing = [token for token in wanted if token not in slot_of]
-        old = sum(self.arrived[slot] < began for slot in slot_of.values())
-        again = sum(self.selected[slot] >= began for slot in slot_of.values())
+        old = len(slot_of)
+        again = sum(self.selected[slot] >= recent for slot in slot_of.values())
         for slot in slot_of.values():
             self.selected[slot] = clock
-        idle = [slot for slot in range(len(self.held)) if self.held[slot] not in slot_of]
-        victims = sorted(idle, key=lambda slot: (self.selected[slot], slot))[: len(missing)]
-        if missing:
-            self.oldest = self.selected[victims[-1]]
-            victims.sort(key=lambda slot: (self.selected[slot] == self.oldest, slot))
+        if sum(self.selected[slot] < self.listed_at for slot in self.queue) < len(missing):
+            idle = [slot for slot in range(len(self.held)) if self.held[slot] not in slot_of]
+            by_stamp = sorted(idle, key=lambda slot: (self.selected[slot], slot))
+            self.queue = by_stamp[: max(len(missing), len(self.held) // 8, 1)]
+            highest = self.selected[self.queue[-1]]
+            self.queue.sort(key=lambda slot: (self.selected[slot] == highest, slot))
+            self.listed_at = clock
+        victims: list[int] = []
+        while len(victims) < len(missing):
+            slot = self.queue.pop(0)
+            if self.selected[slot] < self.listed_at:
+                victims.append(slot)
         for token, slot in zip(missing, victims, strict=True):
             slot_of[token] = slot
-            self.held[slot], self.selected[slot], self.arrived[slot] = token, clock, clock
+            self.held[slot], self.selected[slot] = token, clock
         places = [100 + slot_of[token] if token >= 0 else -1 for token in tokens]
         return places, missing, [100 + slot for slot in victims], [len(missing), len(wanted), old, again]
 
     def state(self, context: int) -> list[list[int]]:
         page = [self.held.index(token) if token in self.held else -1 for token in range(context)]
         held = [-1 if token is None else token for token in self.held]
-        return [page, held, self.selected, self.arrived, [self.oldest]]
+        return [page, held, self.selected]
 
 
 def same_state(ours: AdmitState, theirs: AdmitState) -> bool:
-    """Whether two states are the same, bit for bit."""
+    """Whether two states are the same, bit for bit, where they are defined."""
+    left = torch.arange(ours.queue.shape[2], device=ours.queue.device)
+    left = (left >= ours.marks[..., :1]) & (left < ours.marks[..., 1:2])
     pairs = [(getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(ours)]
+    pairs = [(a[left], b[left]) if a is ours.queue else (a, b) for a, b in pairs]
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
@@ -114,28 +124,26 @@ def test_slots_follow_a_plain_model(
 ) -> None:
     state = AdmitState.empty(batch, heads, capacity, context, CPU)
     rows = [PlainRow(capacity) for _ in range(batch * heads)]
-    clock, began = scalar(0), scalar(0)
+    clock = scalar(0)
     counts, expected_counts = torch.zeros(batch, heads, 4, dtype=torch.int64), [[0] * 4 for _ in rows]
     for number, tokens in enumerate(selections(60, batch, heads, kept, context)):
         attended = number % per_step == per_step - 1
-        if number % per_step == 0:
-            began.copy_(clock + 1)
         clock += 1
         before = tokens.clone()
-        result = admit(state, tokens, clock, began, first_place=100, counts=counts, attended=attended)
+        recent = clock - 3
+        result = admit(state, tokens, clock, recent, first_place=100, counts=counts, attended=attended)
         assert torch.equal(tokens, before)
         for n, row in enumerate(rows):
             b, h = divmod(n, heads)
-            places, missing, targets, gained = row.admit(tokens[b, h].tolist(), int(clock), int(began))
+            places, missing, targets, gained = row.admit(tokens[b, h].tolist(), int(clock), int(recent))
             assert result.places[b, h].tolist() == places
             assert int(result.moved[b, h]) == len(missing)
             assert result.missing[b, h, : len(missing)].tolist() == missing
             assert result.missing_places[b, h, : len(missing)].tolist() == targets
-            assert [int(state.oldest[b, h])] == row.state(context)[4]
-            for value, plain in zip(
-                (state.page, state.tokens, state.selected, state.arrived), row.state(context), strict=False
-            ):
+            for value, plain in zip((state.page, state.tokens, state.selected), row.state(context), strict=True):
                 assert value[b, h].tolist() == plain
+            taken, listed, listed_at, _ = state.marks[b, h].tolist()
+            assert (state.queue[b, h, taken:listed].tolist(), listed_at) == (row.queue, row.listed_at)
             counted = gained if attended else [gained[0], 0, 0, 0]
             expected_counts[n] = [a + g for a, g in zip(expected_counts[n], counted, strict=True)]
     assert counts.flatten(0, 1).tolist() == expected_counts
@@ -151,7 +159,7 @@ def test_the_cpu_leaves_what_the_reference_leaves(threads: int, capacity: int, m
     state, expected = (AdmitState.empty(2, 3, capacity, 2000, CPU) for _ in range(2))
     assert state.page.dtype == (torch.int16 if capacity == 700 else torch.int32)
     for number, tokens in enumerate(selections(20, 2, 3, 500, 2000)):
-        args = tokens, scalar(number + 1), scalar(number - number % 2 + 1)
+        args = tokens, scalar(number + 1), scalar(number)
         assert same_result(admit_tokens(state, *args), admit_tokens_reference(expected, *args))
         assert same_state(state, expected)
 
@@ -161,8 +169,8 @@ def test_rows_of_larger_tensors(admit: Callable[..., AdmitResult]) -> None:
     state, expected = (AdmitState.empty(2, 2, 8, 10, CPU) for _ in range(2))
     wide = torch.arange(2 * 2 * 10).view(2, 2, 10) % 10
     places = torch.full((2, 2, 7), -5)
-    result = admit(state, wide[..., 1:7:2], scalar(1), scalar(1), places=places[..., 2:5])
-    assert same_result(result, admit(expected, wide[..., 1:7:2].contiguous(), scalar(1), scalar(1)))
+    result = admit(state, wide[..., 1:7:2], *[scalar(1)] * 2, places=places[..., 2:5])
+    assert same_result(result, admit(expected, wide[..., 1:7:2].contiguous(), *[scalar(1)] * 2))
     assert same_state(state, expected)
     assert (places[..., :2] == -5).all() and (places[..., 5:] == -5).all() and (places[..., 2:5] >= 0).all()
 
@@ -171,7 +179,7 @@ def test_rows_of_larger_tensors(admit: Callable[..., AdmitResult]) -> None:
 @pytest.mark.parametrize("shape", [(1, 2, 0), (0, 2, 3), (2, 0, 3)])
 def test_nothing_to_admit(admit: Callable[..., AdmitResult], shape: tuple[int, int, int]) -> None:
     state = AdmitState.empty(shape[0], shape[1], 4, 9, CPU)
-    result = admit(state, torch.empty(shape, dtype=torch.int64), scalar(1), scalar(1))
+    result = admit(state, torch.empty(shape, dtype=torch.int64), *[scalar(1)] * 2)
     assert result.places.shape == result.missing.shape == shape
     assert result.moved.tolist() == torch.zeros(shape[:2]).tolist()
     assert same_state(state, AdmitState.empty(shape[0], shape[1], 4, 9, CPU))
@@ -179,7 +187,7 @@ def test_nothing_to_admit(admit: Callable[..., AdmitResult], shape: tuple[int, i
 
 def test_a_cleared_state_is_an_empty_one() -> None:
     state = AdmitState.empty(1, 2, 4, 9, CPU)
-    admit_tokens(state, torch.tensor([[[0, 1, 2], [5, 6, -1]]]), scalar(1), scalar(1))
+    admit_tokens(state, torch.tensor([[[0, 1, 2], [5, 6, -1]]]), *[scalar(1)] * 2)
     state.clear()
     assert same_state(state, AdmitState.empty(1, 2, 4, 9, CPU))
 
@@ -193,13 +201,13 @@ def test_a_cleared_state_is_an_empty_one() -> None:
         ({"tokens": torch.arange(5).expand(1, 2, 5)}, "5 tokens a row need as many slots; the state has 4"),
         ({"tokens": torch.tensor([[[0, 1, 2], [5, 9, -1]]])}, "token 9 is beyond the state's context of 9 tokens"),
         ({"clock": torch.tensor(1)}, "clock torch.int64 .* must be an int32 scalar"),
-        ({"began": torch.ones(1, dtype=torch.int32)}, "began .* must be an int32 scalar"),
+        ({"recent": torch.ones(1, dtype=torch.int32)}, "recent .* must be an int32 scalar"),
         ({"places": torch.zeros(1, 2, 3)}, "places torch.float32"),
         ({"places": torch.zeros(1, 2, 6, dtype=torch.int64)[..., ::2]}, "places .* its rows contiguous"),
         ({"counts": torch.zeros(1, 2, 3, dtype=torch.int64)}, r"counts .* must be int64 \(1, 2, 4\)"),
         ({"state": wrong_state(tokens=torch.zeros(1, 2, 4))}, "state.tokens torch.float32"),
         ({"state": wrong_state(page=torch.zeros(1, 2, 9, dtype=torch.int32))}, "state.page torch.int32"),
-        ({"state": wrong_state(arrived=torch.zeros(1, 4, 2, dtype=torch.int32).mT)}, "contiguous"),
+        ({"state": wrong_state(selected=torch.zeros(1, 4, 2, dtype=torch.int32).mT)}, "contiguous"),
     ],
 )
 def test_wrong_arguments_are_named(admit: Callable[..., AdmitResult], change: dict, message: str) -> None:
@@ -207,7 +215,7 @@ def test_wrong_arguments_are_named(admit: Callable[..., AdmitResult], change: di
         "state": AdmitState.empty(1, 2, 4, 9, CPU),
         "tokens": torch.tensor([[[0, 1, 2], [5, 6, -1]]]),
         "clock": scalar(1),
-        "began": scalar(1),
+        "recent": scalar(1),
     }
     with pytest.raises(ValueError, match=message):
         admit(**(arguments | change))
@@ -215,13 +223,13 @@ def test_wrong_arguments_are_named(admit: Callable[..., AdmitResult], change: di
     admit(**arguments)
 
 
-@pytest.mark.parametrize("capacity", [1, 96, 512, 1024, 7500, 16384, 10**6])
-def test_launch_fits_the_kernel(capacity: int) -> None:
-    launch = admit_launch(capacity)
-    for value in (launch.tile, launch.bins, launch.warps):
-        assert value & (value - 1) == 0
+@pytest.mark.parametrize("kept", [0, 1, 96, 512, 1024, 7500, 16384, 10**6])
+def test_launch_fits_the_kernels(kept: int) -> None:
+    launch = admit_launch(kept)
+    for value in (launch.part, launch.tile, launch.list_tile, launch.bins, launch.warps):
+        assert value > 0 and value & (value - 1) == 0
     # The kernel packs two counts of a tile into one number.
-    assert launch.tile < 2**15 and 1 <= launch.warps <= 32
+    assert launch.list_tile < 2**15
 
 
 def test_triton_kernel_in_the_interpreter(interpret: Callable[[str], None]) -> None:
@@ -239,7 +247,7 @@ def test_cuda(batch: int, heads: int, capacity: int, kept: int, context: int) ->
     counts, expected_counts = (torch.zeros(batch, heads, 4, dtype=torch.int64, device=d) for d in ("cuda", "cpu"))
     places = torch.zeros(batch, heads, kept + 5, dtype=torch.int64, device="cuda")
     for number, tokens in enumerate(selections(30, batch, heads, kept, context)):
-        stamps = number + 1, number - number % 2 + 1
+        stamps = number + 1, number
         on_device = tokens.cuda(), *(scalar(n, "cuda") for n in stamps)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -261,11 +269,11 @@ def on_cpu(state: AdmitState) -> AdmitState:
 def test_cuda_graph_admits_the_tokens_it_is_replayed_with() -> None:
     state, expected = (AdmitState.empty(2, 4, 3000, 9000, torch.device(d)) for d in ("cuda", "cpu"))
     tokens = torch.full((2, 4, 1500), -1, device="cuda")
-    clock, began = scalar(0, "cuda"), scalar(1, "cuda")
+    clock, recent = scalar(0, "cuda"), scalar(1, "cuda")
 
     def step() -> AdmitResult:
         clock.add_(1)
-        return admit_tokens(state, tokens, clock, began)
+        return admit_tokens(state, tokens, clock, recent)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -278,9 +286,9 @@ def test_cuda_graph_admits_the_tokens_it_is_replayed_with() -> None:
     for number, chosen in enumerate(selections(20, 2, 4, 1500, 9000)):
         tokens.copy_(chosen)
         if number % 2 == 0:
-            began.copy_(clock + 1)
+            recent.copy_(clock + 1)
         graph.replay()
         assert int(clock) == number + 2
-        theirs = admit_tokens(expected, chosen, clock.cpu(), began.cpu())
+        theirs = admit_tokens(expected, chosen, clock.cpu(), recent.cpu())
         assert same_result(AdmitResult(*(getattr(result, field.name).cpu() for field in fields(result))), theirs)
         assert same_state(on_cpu(state), expected)

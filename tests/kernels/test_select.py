@@ -111,7 +111,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         )
         def test_equals_the_reference(self, launch: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
             knobs = SelectLaunch(block=512, warps=4) if launch == "row" else narrow_launches()[launch]
-            monkeypatch.setattr(select, "select_launch", lambda length: knobs)
+            monkeypatch.setattr(select, "select_launch", lambda *sizes: knobs)
             for shape in SHAPES if launch == "row" else SHAPES[KINDS.index(kind) % 2 :: 2]:
                 case = make_case(kind, shape)
                 out = poisoned(case)
@@ -191,8 +191,9 @@ def test_wrong_arguments_are_named(change: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 4096, 4097, 16384, 16385, 1 << 18, (1 << 18) + 1, 1 << 21])
-def test_launch_fits_the_kernels(length: int) -> None:
-    launch = select_launch(length)
+@pytest.mark.parametrize("share", [0, 1 / 256, 1 / 16, 1 / 4, 1])
+def test_launch_fits_the_kernels(length: int, share: float) -> None:
+    launch = select_launch(length, int(share * length))
     assert launch.block == 0 or launch.block >= length
     assert launch.chunk < 1 << 15 and launch.listed < 1 << 16
     for size in (launch.block or 1, launch.warps, launch.sample, launch.listed, launch.chunk, launch.width):
@@ -213,7 +214,7 @@ def on_cuda(case: Case) -> Case:
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuda(kind: str, launch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if launch:
-        monkeypatch.setattr(select, "select_launch", lambda length: narrow_launches()[launch])
+        monkeypatch.setattr(select, "select_launch", lambda *sizes: narrow_launches()[launch])
     for shape in SHAPES:
         case = make_case(kind, shape)
         assert_selects(select_tokens, on_cuda(case), naive(*case))

@@ -75,14 +75,20 @@ def test_a_hit_moves_nothing_and_a_miss_evicts_the_least_recently_selected() -> 
     assert admit(3, 5) == (1 * HEADS, 1 * HEADS)
 
 
-def test_rows_warmed_in_the_same_step_do_not_count_as_old_and_survive_the_second_admission() -> None:
+def test_what_the_last_step_selected_or_brought_is_recent_and_survives_an_admission_that_fills_the_slots() -> None:
     hot, rows = make(4, AttentionWindow(0, 0), sequences=1)
-    hot.begin_step()
     counts = torch.zeros(1, HEADS, 4, dtype=torch.int64)
+    hot.begin_step()
+    hot.admit(3, torch.tensor([1, 2]).expand(1, HEADS, -1), counts=counts)
     hot.admit(3, torch.tensor([1, 2, 3, 4]).expand(1, HEADS, -1), counts=counts, attended=False)
+    hot.begin_step()
     places = hot.admit(3, torch.tensor([3, 4, 7, 8]).expand(1, HEADS, -1), counts=counts)
-    assert counts[0, 0].tolist() == [6, 4, 0, 2]
+    assert counts[0, 0].tolist() == [6, 6, 2, 2]
     assert torch.equal(packed(hot, places), rows[:, :, [3, 4, 7, 8]])
+    hot.begin_step()
+    hot.begin_step()
+    hot.admit(3, torch.tensor([7, 8]).expand(1, HEADS, -1), counts=counts)
+    assert counts[0, 0].tolist() == [6, 8, 4, 2]
 
 
 def test_without_reuse_every_step_fetches_what_it_selects_but_not_what_it_warmed() -> None:
@@ -93,7 +99,7 @@ def test_without_reuse_every_step_fetches_what_it_selects_but_not_what_it_warmed
         hot.admit(3, torch.tensor([1, 2]).expand(1, HEADS, -1), counts=counts, attended=False)
         places = hot.admit(3, torch.tensor([1, 2, 7, 8]).expand(1, HEADS, -1), counts=counts)
         assert torch.equal(packed(hot, places), rows[:, :, [1, 2, 7, 8]])
-    assert counts[0, 0].tolist() == [3 * 4, 3 * 4, 0, 3 * 2]
+    assert counts[0, 0].tolist() == [3 * 4, 3 * 4, 3 * 2, 3 * 2]
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 30])

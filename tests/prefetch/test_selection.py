@@ -34,7 +34,7 @@ def test_equals_a_plain_top_k_per_kv_head(groups: int, window: AttentionWindow) 
     kv_heads, lengths, keep = 2, [97, 40, 3], [20, 7, 0]
     labels, keys = make_labels(lengths, kv_heads)
     query = torch.randn(3, kv_heads * groups, HEAD_DIM, generator=torch.Generator().manual_seed(1))
-    tokens = Selector(labels, window, 0.25).select(0, query, make_step(lengths, keep, window))
+    tokens = Selector(labels, window, 0.25).select(0, query, make_step(lengths, keep, window)).tokens
     assert tokens.shape == (3, kv_heads, 20)
     for number, length in enumerate(lengths):
         past = keys[number][:, : length - 1]
@@ -53,8 +53,10 @@ def test_selected_tokens_lie_between_the_sinks_and_the_recent_window() -> None:
     for length in (1, 5, 12, 13, 14, 15, 64):
         labels, _ = make_labels([length], 1)
         keep = window.selected(length, length)
-        tokens = Selector(labels, window, 1.0).select(
-            0, torch.randn(1, 2, HEAD_DIM), make_step([length], [keep], window)
+        tokens = (
+            Selector(labels, window, 1.0)
+            .select(0, torch.randn(1, 2, HEAD_DIM), make_step([length], [keep], window))
+            .tokens
         )
         sinks, recent = window.sink_tokens(torch.tensor([length]))[0], window.recent_tokens(torch.tensor([length]))[0]
         every = [n for part in (sinks, tokens[0, 0], recent) for n in part.tolist() if n >= 0]
@@ -69,7 +71,8 @@ def test_a_larger_budget_keeps_everything_a_smaller_one_kept_whatever_ties_there
     selector, query = Selector(labels, window, 1.0), torch.randn(1, 1, HEAD_DIM)
     before: set[int] = set()
     for keep in range(1, window.selected(length, length) + 1, 7):
-        kept = {n for n in selector.select(0, query, make_step([length], [keep], window))[0, 0].tolist() if n >= 0}
+        tokens = selector.select(0, query, make_step([length], [keep], window)).tokens
+        kept = {n for n in tokens[0, 0].tolist() if n >= 0}
         assert len(kept) == keep
         assert kept >= before
         before = kept
@@ -80,8 +83,9 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_share(groups: int) -> Non
     window, length = AttentionWindow(1, 2), 80
     labels, keys = make_labels([length], 1)
     query = torch.randn(1, groups, HEAD_DIM, generator=torch.Generator().manual_seed(3))
-    tokens = Selector(labels, window, 0.25, top_p=0.6).select(0, query, make_step([length], [70], window))[0, 0]
-    kept = tokens[tokens >= 0]
+    selection = Selector(labels, window, 0.25, top_p=0.6).select(0, query, make_step([length], [70], window))
+    kept = selection.tokens[0, 0][selection.tokens[0, 0] >= 0]
+    assert selection.keep.tolist() == [[len(kept)]]
     weights = (torch.einsum("gd,td->gt", query[0], keys[0][0][:-1]) * 0.25).softmax(-1).sum(0) / groups
     forced = weights[:1].sum() + weights[-2:].sum()
     assert weights[kept].sum() + forced >= 0.6
@@ -94,5 +98,34 @@ def test_a_first_token_selects_nothing(groups: int, top_p: float | None) -> None
     labels, _ = make_labels([1, 30], 1)
     query = torch.randn(2, groups, HEAD_DIM)
     window = AttentionWindow(0, 0)
-    tokens = Selector(labels, window, 1.0, top_p).select(0, query, make_step([1, 30], [5, 5], window))
+    tokens = Selector(labels, window, 1.0, top_p).select(0, query, make_step([1, 30], [5, 5], window)).tokens
     assert (tokens[0] == -1).all() and (tokens[1, :, 0] >= 0).all()
+
+
+@pytest.mark.parametrize("top_p", [None, 0.6])
+def test_the_look_ahead_takes_the_selection_and_the_next_best(top_p: float | None) -> None:
+    window, length = AttentionWindow(1, 2), 200
+    labels, _ = make_labels([length, 90], 2)
+    query = torch.randn(2, 4, HEAD_DIM, generator=torch.Generator().manual_seed(5))
+    selector = Selector(labels, window, 0.25, top_p)
+    step = make_step([length, 90], [40, 20], window)
+    selection = selector.select(0, query, step)
+    ahead = selector.look_ahead(0, selection, step, 50)
+    assert ahead.shape == (2, 2, 50)
+    for b in range(2):
+        for head in range(2):
+            kept, more = (set(tokens[b, head].tolist()) - {-1} for tokens in (selection.tokens, ahead))
+            assert kept < more and len(more) == len(kept) + len(kept) // 4
+            scores = selection.scores[b, head]
+            left = [float(scores[n]) for n in range(1, int(step.past[b])) if n not in more]
+            assert max(left) <= min(float(scores[n]) for n in more)
+
+
+def test_a_budget_of_everything_scores_nothing_and_keeps_all_candidates() -> None:
+    window = AttentionWindow(2, 5)
+    labels, _ = make_labels([97, 40], 2)
+    selector = Selector(labels, window, 0.25, everything=True)
+    selection = selector.select(0, torch.randn(2, 4, HEAD_DIM), make_step([97, 40], [89, 32], window))
+    assert selection.scores is None
+    assert selection.tokens[0, 1].tolist() == list(range(2, 91))
+    assert selection.tokens[1, 0].tolist() == list(range(2, 34)) + [-1] * 57

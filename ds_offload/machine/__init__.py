@@ -1,0 +1,1 @@
+"""What this machine has and allows: host memory, GPU, link, bandwidths, and whether the software on it works."""

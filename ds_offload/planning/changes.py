@@ -1,0 +1,130 @@
+"""The smallest changes that make a request fit, as flags of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+
+from ds_offload.config import TOP_P_CAP, TokenBudget
+from ds_offload.errors import InputError
+from ds_offload.families import check_supported
+from ds_offload.planning.request import MemoryLimits, Request
+
+# Contexts beyond this are not looked at.
+LONGEST = 1 << 30
+HOT_SETS = (2.0, 1.25, 1.0)
+# A budget is halved so often at most, and a context shortened to this share at least, before changes are combined.
+HALVINGS = 2
+LEAST_SHARE = Fraction(1, 2)
+
+# Flags, and the request that they make.
+Change = tuple[list[str], Request]
+
+
+def fits(request: Request, limits: MemoryLimits) -> bool:
+    """Whether a request's plan is within the limits."""
+    return limits.shortage(request.plan()) is None
+
+
+def find_changes(request: Request, limits: MemoryLimits) -> list[str] | None:
+    """Flags such as "--hot-set 1.25" that make a request fit: [] where it does, None where nothing helps.
+
+    Tried alone, in this order: a smaller hot set, a smaller token budget, a context of at
+    least half the length, fewer sequences. Then together: the smallest hot set with a
+    smaller budget; both with any context; all of them. The plan of what is returned fits.
+    """
+    if fits(request, limits):
+        return []
+    for flags, changed in _candidates(request, limits):
+        if fits(changed, limits):
+            return flags
+    return None
+
+
+def _candidates(request: Request, limits: MemoryLimits) -> Iterator[Change]:
+    """Changed requests with their flags, the preferred first."""
+    half = int(LEAST_SHARE * max(request.capacities))
+    yield from _hot_sets(request)
+    yield from _budgets(request)
+    yield from _shorter(request, limits, half)
+    yield from _fewer(request, limits)
+    unchanged: Change = ([], request)
+    least_rows = [unchanged, *_hot_sets(request)][-1]
+    both = list(_after(least_rows, _budgets(least_rows[1])))
+    yield from both
+    yield from _after(least_rows, _shorter(least_rows[1], limits, half))
+    smallest = both[-1]
+    yield from _after(smallest, _shorter(smallest[1], limits, half))
+    yield from _after(smallest, _fewer(smallest[1], limits))
+    yield from _after(smallest, _shorter(smallest[1], limits, 1))
+    if request.prompts is None and request.batch > 1:
+        alone = dataclasses.replace(smallest[1], batch=1)
+        yield from _after(([*smallest[0], "--batch 1"], alone), _shorter(alone, limits, 1))
+
+
+def _after(first: Change, then: Iterator[Change]) -> Iterator[Change]:
+    return ((first[0] + flags, changed) for flags, changed in then)
+
+
+def _hot_sets(request: Request) -> Iterator[Change]:
+    for multiple in HOT_SETS:
+        if multiple < request.config.hot_set:
+            yield [f"--hot-set {multiple:g}"], request.of(hot_set=multiple)
+
+
+def _budgets(request: Request) -> Iterator[Change]:
+    """Half of the budget, and half of that."""
+    budget = request.config.budget
+    for halving in range(1, HALVINGS + 1):
+        if budget.count is not None:
+            smaller = TokenBudget(count=max(1, budget.count >> halving))
+        else:
+            smaller = TokenBudget(fraction=(budget.fraction or TOP_P_CAP) / 2**halving)
+        yield [f"--token-budget {smaller}"], request.of(token_budget=str(smaller))
+
+
+def _shorter(request: Request, limits: MemoryLimits, least: int) -> Iterator[Change]:
+    """The longest context that fits, a whole number of 1,024 tokens where that is still `least` or more."""
+    least = max(least, request.least_context)
+    longest = longest_context(request, limits, request.context - 1)
+    rounded = longest // 1024 * 1024
+    if rounded >= least:
+        yield [f"--ctx {rounded // 1024}k"], request.of(max_context=rounded)
+    elif longest >= least:
+        yield [f"--ctx {longest}"], request.of(max_context=longest)
+
+
+def _fewer(request: Request, limits: MemoryLimits) -> Iterator[Change]:
+    """The most sequences that fit; a request that names its prompts keeps them."""
+    if request.prompts is None:
+        batch = _most(lambda count: fits(dataclasses.replace(request, batch=count), limits), request.batch - 1)
+        if batch:
+            yield [f"--batch {batch}"], dataclasses.replace(request, batch=batch)
+
+
+def longest_context(request: Request, limits: MemoryLimits, most: int | None = None) -> int:
+    """The longest `max_context`, up to `most`, that fits with everything else as it is; 0 where none does."""
+    most = _longest_supported(request) if most is None else most
+    return _most(lambda context: fits(request.of(max_context=context), limits), most)
+
+
+def _longest_supported(request: Request) -> int:
+    """The longest context that the model's attention allows: that of a sliding window, where it has one."""
+    try:
+        check_supported(request.source.config, LONGEST)
+    except InputError:
+        return int(request.source.config.sliding_window)
+    return LONGEST
+
+
+def _most(holds: Callable[[int], bool], most: int) -> int:
+    """The largest number of 1 to `most` that `holds`, 0 where none does; all below one that holds do, too."""
+    low, high = 0, max(0, most)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,137 @@
+"""Bytes that prefill and a decode step take for a while, from shapes alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ds_offload.kernels.label_scores import REFERENCE_BLOCK
+from ds_offload.kernels.label_scores_launch import scores_launch
+from ds_offload.kernels.select import select_launch
+from ds_offload.kernels.slot_attention import slot_attention_launch
+
+if TYPE_CHECKING:
+    from ds_offload.memory.plan import CacheShape
+
+# Workspace of one chunk of tokens in norms and MLP, and of one block of heads in attention.
+CHUNK_BYTES = 256 * 2**20
+# Tokens whose labels are encoded at a time (`LabelCache.write_prompt`).
+_LABEL_TOKENS = 4096
+# Weights, expert numbers and permutations of a token's expert: a dozen numbers of up to 8 bytes.
+_ROUTING_BYTES = 96
+
+
+def chunk_tokens(hidden_size: int, intermediate_size: int, itemsize: int) -> int:
+    """Prompt tokens per chunk such that the MLP's intermediate tensors stay within `CHUNK_BYTES`."""
+    per_token = (4 * intermediate_size + 4 * hidden_size) * itemsize
+    return max(256, CHUNK_BYTES // per_token // 64 * 64)
+
+
+def prefill_bytes(shape: CacheShape) -> int:
+    """Workspace of the longest prompt, as `prefill` (ds_offload/prefill.py) takes it."""
+    prompt, itemsize = max(shape.prompts), shape.dtype.itemsize
+    per_token = shape.hidden_size + shape.heads * shape.head_dim + 4 * shape.kv_heads * shape.head_dim
+    per_token += 2 * shape.head_dim
+    # Token ids are numbers of 8 bytes.
+    kept = prompt * (per_token * itemsize + 8)
+    chunk = min(prompt, chunk_tokens(shape.hidden_size, shape.intermediate_size, itemsize))
+    group = prompt * shape.heads // shape.kv_heads * shape.head_dim * itemsize
+    attention = min(prompt * shape.heads * shape.head_dim * itemsize, max(CHUNK_BYTES, group))
+    # The writer's, while the next layer computes: float32 copies of keys on the way to labels, or
+    # a layer's rows in the store's dtype.
+    writer = 8 * min(prompt, _LABEL_TOKENS) * shape.kv_heads * shape.labels.channels
+    if shape.dtype != shape.kv_dtype:
+        writer = max(writer, prompt * shape.kv_heads * shape.row_bytes)
+    return kept + max(_layer_bytes(shape, chunk), attention) + writer
+
+
+def decode_bytes(shape: CacheShape) -> int:
+    """Workspace of a step at the longest context: scores, selections, places, attention, MLP and logits."""
+    rows, sequences = shape.rows, len(shape.capacities)
+    places = 2 * rows * (shape.window.forced_slots + shape.most_kept) * 8
+    logits = sequences * shape.vocab_size * (4 + shape.dtype.itemsize)
+    parts = _cuda_step(shape) if shape.cuda else _cpu_step(shape)
+    return places + logits + parts + max(_layer_bytes(shape, sequences), _dense_bytes(shape))
+
+
+def _layer_bytes(shape: CacheShape, tokens: int) -> int:
+    """Norms, projections with RoPE, or MLP of `tokens` tokens of one layer, whichever is more.
+
+    A mixture of experts has its intermediate tensors once for every expert of a token, and
+    numbers of the routing besides.
+    """
+    mlp = (shape.intermediate_size * 4 + shape.hidden_size) * shape.active_experts + 3 * shape.hidden_size
+    heads = 5 * (shape.heads + shape.kv_heads) * shape.head_dim + 2 * shape.hidden_size
+    routing = _ROUTING_BYTES * shape.active_experts if shape.active_experts > 1 else 0
+    return tokens * (max(mlp, heads) * shape.dtype.itemsize + routing)
+
+
+def _dense_bytes(shape: CacheShape) -> int:
+    """Attention of a dense layer of one sequence: its mask, and its rows where they change dtype."""
+    if not shape.dense_layers:
+        return 0
+    longest = max(shape.capacities)
+    rows = 2 * shape.kv_heads * shape.head_dim * shape.dtype.itemsize if shape.dtype != shape.kv_dtype else 0
+    return longest * (rows + shape.heads * (1 + shape.dtype.itemsize))
+
+
+def _cuda_step(shape: CacheShape) -> int:
+    """What two streams take at most: selection and attention on one; prediction or look-ahead on the other.
+
+    Predicted tokens are lent to the compute stream, and scores to the look-ahead. While a
+    graph is captured the allocator takes no lent tensor back, so those of every layer add up.
+    """
+    rows, heads, sequences, longest = shape.rows, shape.heads, len(shape.capacities), max(shape.capacities)
+    tokens, ahead = rows * shape.most_kept * 8, rows * shape.look_ahead * 8
+    scores = selecting = weighing = 0
+    if shape.scored:
+        launch = select_launch(longest, max(shape.most_kept, shape.look_ahead))
+        scores = rows * longest * 4
+        if not launch.block:
+            selecting = rows * (8 + 3 * -(-longest // launch.chunk) + launch.listed) * 4
+        if shape.weighed:
+            part = scores_launch(shape.labels, heads // shape.kv_heads).part
+            weighing = sequences * heads * 2 * -(-longest // part) * 4
+        if shape.top_p:
+            # A masked copy, the sorted one with its indices, and the sort's own.
+            weighing += 10 * scores
+    group = heads // shape.kv_heads
+    split = slot_attention_launch(group, shape.head_dim, shape.dtype, shape.kv_dtype).split
+    splits = -(-(shape.window.forced_slots + shape.most_kept) // split)
+    attention = sequences * heads * splits * (shape.head_dim + 2) * 4
+    # The result of an admission and its scratch memory are four times the tokens.
+    selection = scores + tokens + max(weighing, selecting, 4 * tokens)
+    step = max(selection, attention)
+    if shape.look_ahead:
+        step += ahead + max(selecting, 4 * ahead) + (shape.layers - 1) * scores
+    if shape.predicted:
+        hidden = sequences * shape.hidden_size * shape.dtype.itemsize
+        step += selection + shape.layers * (tokens + hidden)
+    return step
+
+
+def _cpu_step(shape: CacheShape) -> int:
+    """One selection or one attention at a time; scores are those of every query head."""
+    rows, heads, sequences, longest = shape.rows, shape.heads, len(shape.capacities), max(shape.capacities)
+    tokens, ahead = rows * shape.most_kept * 8, rows * shape.look_ahead * 8
+    scores = scoring = row = 0
+    if shape.scored:
+        scores = rows * longest * 4
+        # A row's keys, flags and partition.
+        row = 32 * longest
+        if shape.top_p:
+            # A masked copy, the sorted one with its indices, and the sort's own.
+            scoring = 5 * scores
+        if shape.weighed:
+            # Those of every head, and one sequence's softmax of them, not in place.
+            scoring = max(scoring, (sequences + 2) * heads * longest * 4 + shape.kv_heads * longest * 4)
+        if shape.labels.bits == 16:
+            block = min(longest, REFERENCE_BLOCK)
+            scoring += block * (shape.kv_heads * shape.labels.channels * 8 + 2 * heads * 4)
+    # Tokens, and the result of an admission: three times the tokens.
+    selection = scores + tokens + max(scoring, row, 3 * tokens, ahead + max(row, 3 * ahead))
+    attended = rows * (shape.window.forced_slots + shape.most_kept)
+    # Rows side by side, taken out of a store first where they lie there, and in the query's dtype.
+    attention = attended * (shape.row_bytes * (2 if shape.kv_on_device else 1) + 4 * 8)
+    if shape.dtype != shape.kv_dtype:
+        attention += attended * 2 * shape.head_dim * shape.dtype.itemsize
+    return max(selection, attention) + (tokens if shape.predicted else 0)

@@ -1,0 +1,133 @@
+"""What makes a request fit really does, and the longest context that fits is the longest."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import shlex
+from typing import Any
+
+import pytest
+
+from ds_offload.cli.config_options import build_config
+from ds_offload.config import OffloadConfig
+from ds_offload.planning.changes import LONGEST, find_changes, fits, longest_context
+from ds_offload.planning.report import find_source, resolve_request
+from ds_offload.planning.request import MemoryLimits, Request, host_total
+
+MODELS = ("llama-2-7b", "llama-3.1-8b", "mixtral-8x7b", "smollm2-135m")
+
+
+def request(model: str = "llama-3.1-8b", batch: int = 1, cuda: bool = True, **config: Any) -> Request:
+    source = find_source(model, "auto", "auto", None)
+    return resolve_request(source, OffloadConfig(**{"max_context": "128k"} | config), batch, cuda)
+
+
+def limits_of(asked: Request, gpu: float = 1, host: float = 1) -> MemoryLimits:
+    """Shares of what a request takes."""
+    plan = asked.plan()
+    total = int(host * host_total(plan, asked.cuda))
+    return MemoryLimits(int(gpu * plan.gpu_total) if asked.cuda else None, total)
+
+
+def applied(asked: Request, flags: list[str]) -> Request:
+    """The request that a command line with `flags` added would make."""
+    words = shlex.split(" ".join(flags))
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    names = {"--ctx": "max_context", "--hot-set": "hot_set", "--token-budget": "token_budget"}
+    batch = int(given.pop("--batch", asked.batch))
+    config = build_config({names[flag]: text for flag, text in given.items()})
+    fields = {names[flag]: getattr(config, names[flag]) for flag in given}
+    return dataclasses.replace(asked.of(**fields), batch=batch)
+
+
+def test_a_request_that_fits_needs_no_change() -> None:
+    asked = request()
+    assert find_changes(asked, limits_of(asked)) == []
+    assert find_changes(asked, dataclasses.replace(limits_of(asked), gpu=asked.plan().gpu_total - 1)) != []
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_changes_make_it_fit(seed: int) -> None:
+    draw = random.Random(seed)
+    asked = request(
+        draw.choice(MODELS),
+        batch=draw.choice((1, 1, 2, 7)),
+        cuda=draw.random() < 0.8,
+        max_context=draw.randrange(200, 400_000),
+        token_budget=draw.choice(("1/16", "1/4", 2048, "top-p:0.9", "1/1")),
+        hot_set=draw.choice((0, 1, 1.5, 2, 4)),
+        kv_location=draw.choice(("host", "host", "gpu")),
+        prefetch=draw.choice(("exact", "speculative", "off")),
+    )
+    limits = limits_of(asked, draw.uniform(0.05, 1.1), draw.uniform(0.1, 1.1))
+    flags = find_changes(asked, limits)
+    if flags is None:
+        # Not even the shortest context of one sequence, with few rows.
+        least = dataclasses.replace(asked.of(max_context=1, hot_set=0.0), batch=1)
+        assert not fits(least, limits)
+    elif flags:
+        assert not fits(asked, limits)
+        assert fits(applied(asked, flags), limits)
+    else:
+        assert fits(asked, limits)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "host", "batch", "expected"),
+    [
+        # A hot set of twice the budget is about a tenth of it all.
+        (0.97, 1, 1, ["--hot-set 1.25"]),
+        (0.955, 1, 1, ["--hot-set 1"]),
+        (0.93, 1, 1, ["--token-budget 1/64"]),
+        (0.9, 1, 1, ["--ctx 79k"]),
+        (1, 0.9, 1, ["--ctx 115k"]),
+        (1, 0.3, 4, ["--batch 1"]),
+        (0.25, 1, 1, None),
+    ],
+)
+def test_the_order_of_preference(gpu: float, host: float, batch: int, expected: list[str] | None) -> None:
+    asked = request(batch=batch)
+    assert find_changes(asked, limits_of(asked, gpu, host)) == expected
+
+
+def test_changes_are_combined_where_none_alone_is_enough() -> None:
+    asked = request("llama-2-7b", batch=2)
+    limits = limits_of(asked, 0.45, 0.2)
+    flags = find_changes(asked, limits)
+    assert flags is not None and len(flags) > 1
+    assert len({flag.split()[0] for flag in flags}) == len(flags)
+    assert fits(applied(asked, flags), limits)
+
+
+def test_prompts_that_are_there_stay() -> None:
+    """A run may have a smaller answer, never a shorter prompt or fewer sequences."""
+    whole = request()
+    run = dataclasses.replace(whole, prompts=(100_000,), most=(101_000,))
+    flags = find_changes(run, limits_of(run, host=0.9999))
+    assert flags == ["--ctx 98k"]
+    assert applied(run, flags).capacities == [98 * 1024]
+    assert find_changes(run, limits_of(run, host=0.9)) is None
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("budget", ["1/16", 4096, "top-p:0.9"])
+def test_the_longest_context_fits_and_one_token_more_does_not(model: str, budget: str | int) -> None:
+    asked = request(model, token_budget=budget)
+    limits = limits_of(asked, 0.98, 3)
+    longest = longest_context(asked, limits)
+    assert 0 < longest < LONGEST
+    assert fits(asked.of(max_context=longest), limits)
+    assert not fits(asked.of(max_context=longest + 1), limits)
+
+
+def test_no_context_fits_beside_weights_that_do_not() -> None:
+    asked = request()
+    assert longest_context(asked, limits_of(asked, 0.1)) == 0
+
+
+def test_a_sliding_window_bounds_the_longest_context() -> None:
+    source = find_source("mistral-7b", "auto", "auto", None)
+    source.config.sliding_window = 4096
+    asked = resolve_request(source, OffloadConfig(max_context=1024), 1, True)
+    assert longest_context(asked, MemoryLimits(1 << 50, 1 << 50)) == 4096
