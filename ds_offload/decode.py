@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class DecodeLoop:
             hidden = decoder.embed(tokens)
         for layer in range(decoder.layers):
             if layer + 1 < decoder.layers and scheduler.wants_prediction(layer + 1):
-                scheduler.start(layer + 1, hidden, lambda state, to=layer + 1: self._predict(to, state, turn))
+                scheduler.start(layer + 1, hidden, partial(self._predict, layer + 1, turn))
             query = context.take(layer, parts.project(layer, hidden), turn, parts.head_norms(layer), step)
             attention = context.attend(layer, query, step)
             with streams.producing("hidden", layer + 1):
@@ -101,7 +102,7 @@ class DecodeLoop:
         context.write_rows(step)
         return parts.logits(hidden)
 
-    def _predict(self, layer: int, hidden: Tensor, rope: Rope) -> Tensor:
+    def _predict(self, layer: int, rope: Rope, hidden: Tensor) -> Tensor:
         """The query `[B, H, D]` that `layer` will have, from the input `[B, hidden]` of the layer before.
 
         The residual stream changes little within a layer, so the layer's own norm, Wq and
@@ -127,7 +128,8 @@ class _StepBuffers:
         self._staging = torch.zeros(6, sequences, dtype=torch.int64, pin_memory=True)
         self._values = torch.zeros(6, sequences, dtype=torch.int64, device=decoder.device)
         self.tokens = self._values[0]
-        self.step = Step(*self._values[1:].unbind(0), context.most_kept, context.longest)
+        lengths, positions, past, keep, keep_ahead = self._values[1:]
+        self.step = Step(lengths, positions, past, keep, keep_ahead, context.most_kept, context.longest)
         self.rope: Rope | None = None
         if not decoder.length_free_rope:
             cos, sin = decoder.rotary_each([0] * sequences)

@@ -50,12 +50,13 @@ class AdmitState:
     def empty(cls, batch: int, kv_heads: int, capacity: int, context: int, device: torch.device) -> AdmitState:
         """A state of `capacity` empty slots a head, for tokens below `context`."""
         heads = (batch, kv_heads)
-        zeros = [torch.zeros(*heads, capacity, dtype=torch.int32, device=device) for _ in range(2)]
+        selected, queue = (torch.zeros(*heads, capacity, dtype=torch.int32, device=device) for _ in range(2))
         return cls(
-            torch.full((*heads, context), NONE, dtype=page_dtype(capacity), device=device),
-            torch.full((*heads, capacity), NONE, dtype=torch.int32, device=device),
-            *zeros,
-            torch.zeros(*heads, 4, dtype=torch.int32, device=device),
+            page=torch.full((*heads, context), NONE, dtype=page_dtype(capacity), device=device),
+            tokens=torch.full((*heads, capacity), NONE, dtype=torch.int32, device=device),
+            selected=selected,
+            queue=queue,
+            marks=torch.zeros(*heads, 4, dtype=torch.int32, device=device),
         )
 
     def clear(self) -> None:

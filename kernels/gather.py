@@ -264,6 +264,6 @@ def _check_gather(
         raise ValueError(f"counts {counts.dtype} {tuple(counts.shape)} must be int32 {(batch, kv_heads)}, contiguous")
     if timer is not None and (timer.dtype != torch.int64 or timer.shape != (2,) or not timer.is_cuda):
         raise ValueError(f"timer {timer.dtype} {tuple(timer.shape)} on {timer.device} must be int64 (2,) on CUDA")
-    for name, value in (("addresses", table.addresses), ("counts", counts), ("timer", timer)):
-        if value is not None and value.device != out.device:
-            raise ValueError(f"{name} is on {value.device}; it must be on {out.device} like out")
+    for name, given in (("addresses", table.addresses), ("counts", counts), ("timer", timer)):
+        if given is not None and given.device != out.device:
+            raise ValueError(f"{name} is on {given.device}; it must be on {out.device} like out")

@@ -167,7 +167,7 @@ def _launch(query: Tensor, rows: Tensor | StoredRows, slots: Tensor, scaling: fl
         alignment, strides = math.gcd(16, head_dim * rows.dtype.itemsize), (0, 0, 0)
     else:
         kv_heads, capacity, source = rows.shape[1], rows.shape[2], rows
-        alignment, strides = row_alignment(rows), rows.stride()[:3]
+        alignment, strides = row_alignment(rows), (rows.stride(0), rows.stride(1), rows.stride(2))
     group = heads // kv_heads
     launch = slot_attention_launch(group, head_dim, query.dtype, rows.dtype)
     splits = -(-count // launch.split)
