@@ -14,6 +14,9 @@ from ds_offload.errors import InputError
 LABEL_BITS = (16, 8, 4, 2)
 KV_DTYPES = ("auto", "bf16", "fp16", "fp32")
 TOP_P_CAP = Fraction(1, 4)
+# What `hot_set` is chosen from, the largest that fits. At 4 x the budget a step of text finds 98 to 99 % of its rows on
+# the device, at 2 x 94 to 98 %; more than 4 x gains little.
+HOT_SETS = (4.0, 2.0, 1.25, 1.0)
 
 _TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 _BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
@@ -136,10 +139,12 @@ class OffloadConfig:
         dense_layers: Layers whose K/V stay on the GPU and are attended in full.
         kv_location: "host" keeps the K/V in (pinned) host memory, "gpu" on the device.
         kv_dtype: dtype of the stored K/V; "auto" is the model's own.
-        prefetch: "exact" (prediction warms, the true query selects), "speculative"
-            (the prediction selects, as in the paper) or "off".
+        prefetch: "off" (the query selects, what is missing is fetched in line), "exact"
+            (the same, and rows that ranked next are fetched for the next step meanwhile)
+            or "speculative" (a query predicted one layer ahead selects, as in the paper).
+            Off and exact give the same tokens.
         hot_set: Rows kept on the GPU per layer and KV head, as a multiple of the budget;
-            0 keeps none from step to step.
+            0 keeps none from step to step, None is the largest of `HOT_SETS` that fits.
         gpu_memory: Bytes of GPU memory to stay under ("24GiB"); None is what is free.
         host_memory: The same for the host.
         calibration: File made by `ds-offload calibrate`; None finds or makes one.
@@ -158,8 +163,8 @@ class OffloadConfig:
     dense_layers: tuple[int, ...] = ()
     kv_location: Literal["host", "gpu"] = "host"
     kv_dtype: str = "auto"
-    prefetch: Literal["exact", "speculative", "off"] = "exact"
-    hot_set: float = 2.0
+    prefetch: Literal["exact", "speculative", "off"] = "off"
+    hot_set: float | None = None
     gpu_memory: int | str | None = None
     host_memory: int | str | None = None
     calibration: str | None = None
@@ -190,22 +195,23 @@ class OffloadConfig:
         self._at_least("recent_tokens", 0)
         if self.label_channels is not None:
             self._at_least("label_channels", 1)
-        hot_set = self.hot_set
-        if (
-            isinstance(hot_set, bool)
-            or not isinstance(hot_set, int | float)
-            or not (hot_set == 0 or 1 <= hot_set < 1e6)
-        ):
-            raise InputError(
-                f"hot_set={hot_set!r} must be a multiple of the budget of at least 1, such as 2, or 0 to keep no rows"
-            )
-        fix("hot_set", float(self.hot_set))
+        self._check_hot_set()
         layers = self.dense_layers
         if isinstance(layers, str) or not all(
             isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in layers
         ):
             raise InputError(f"dense_layers={layers!r} must be layer numbers from 0, such as (0, 1)")
         fix("dense_layers", tuple(sorted(set(layers))))
+
+    def _check_hot_set(self) -> None:
+        given = self.hot_set
+        if given is None:
+            return
+        if isinstance(given, bool) or not isinstance(given, int | float) or not (given == 0 or 1 <= given < 1e6):
+            raise InputError(
+                f"hot_set={given!r} must be a multiple of the budget of at least 1, such as 2, or 0 to keep no rows"
+            )
+        object.__setattr__(self, "hot_set", float(given))
 
     def _one_of(self, field: str, allowed: tuple[Any, ...]) -> None:
         if getattr(self, field) not in allowed:
@@ -215,6 +221,11 @@ class OffloadConfig:
         value = getattr(self, field)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{field}={value!r} must be a whole number of at least {least}")
+
+    @property
+    def hot_set_multiple(self) -> float:
+        """`hot_set`, or where it is not chosen yet the least that it may become."""
+        return self.hot_set if self.hot_set is not None else HOT_SETS[-1]
 
     @property
     def budget(self) -> TokenBudget:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor
 
 from ds_offload.calibration import Calibration, find_or_make_calibration
-from ds_offload.config import OffloadConfig
+from ds_offload.config import HOT_SETS, OffloadConfig
 from ds_offload.decode import DecodeLoop
 from ds_offload.decoder import DecoderStack
 from ds_offload.errors import InputError
 from ds_offload.kv_context import KVContext
 from ds_offload.loading import LoadedModel
-from ds_offload.memory_check import check_request
+from ds_offload.memory_check import check_request, settle_config
 from ds_offload.notices import notice
+from ds_offload.planning.request import weight_bytes
 from ds_offload.prefetch.streams import Faults
 from ds_offload.prefill import ProgressCallback, prefill
 from ds_offload.preparation import PreparedModel, encode_checked
@@ -108,6 +110,7 @@ class OffloadedGenerator:
         self._calibration: Calibration | None = None
         # Said once the first prompt has passed its checks: a refused one ends in one line.
         self._announcements: list[str] = []
+        self._chooses_hot_set = config.hot_set is None
         if config.calibration is not None:
             self._calibration = find_or_make_calibration(loaded, self.decoder, config.calibration)
 
@@ -233,6 +236,17 @@ class OffloadedGenerator:
             sequences.append(_Sequence(ids, limit, params, self.loaded))
         return sequences
 
+    def _settle(self, lengths: list[int], capacities: list[int]) -> None:
+        """Choose the hot set of this call, where the user left it open."""
+        if not self._chooses_hot_set:
+            return
+        asked = dataclasses.replace(self.config, hot_set=None)
+        source, device = self.loaded.source, self.loaded.device
+        self.config = settle_config(source, asked, device, lengths, capacities, loaded=weight_bytes(source))
+        if self.config.kv_location == "host" and self.config.hot_set_multiple < HOT_SETS[0]:
+            chosen, best = f"{self.config.hot_set_multiple:g}", f"{HOT_SETS[0]:g}"
+            self._announcements.append(f"hot set: {chosen} x the budget, the most that fits; {best} x is faster")
+
     @torch.no_grad()
     def _run(
         self,
@@ -244,6 +258,7 @@ class OffloadedGenerator:
         """Prefill every sequence, then decode them together; yields each step's new text per sequence."""
         lengths = [len(sequence.prompt) for sequence in sequences]
         capacities = [len(sequence.prompt) + sequence.limit for sequence in sequences]
+        self._settle(lengths, capacities)
         plan = check_request(self.loaded, self.config, lengths, capacities)
         while self._announcements:
             notice(self._announcements.pop(0))

@@ -91,9 +91,9 @@ class KVContext:
                 layers=offloaded,
                 sequences=sequences,
                 window=self.window,
-                capacity=hot_set_capacity(config.hot_set, self.most_kept, longest, self.window),
+                capacity=hot_set_capacity(config.hot_set_multiple, self.most_kept, longest, self.window),
                 context=longest,
-                reuse=config.hot_set > 0,
+                reuse=config.hot_set_multiple > 0,
                 **heads,
             )
         selector = Selector(

@@ -11,7 +11,7 @@ from ds_offload.errors import MemoryPlanError
 from ds_offload.loading import LoadedModel, ModelSource
 from ds_offload.machine.host_memory import host_memory
 from ds_offload.memory.plan import CUDA_RESERVE_BYTES, MemoryPlan
-from ds_offload.planning.changes import find_changes, longest_context
+from ds_offload.planning.changes import find_changes, longest_context, settle
 from ds_offload.planning.request import MemoryLimits, Request, Shortage, memory_text, weight_bytes
 from ds_offload.planning.request import plan_request as plan_request
 
@@ -57,7 +57,7 @@ def check_memory(
     """The plan of a call, refused if it does not fit.
 
     Args:
-        config: Resolved for the model.
+        config: Resolved for the model; a hot set that is not chosen is taken as `settle_config` chooses it.
         prompts: Tokens of each prompt.
         capacities: Most tokens of each sequence, prompt and answer.
         loaded: Bytes of weights that are on `device` already.
@@ -66,13 +66,32 @@ def check_memory(
         MemoryPlanError: GPU or host memory is short; names what is needed, what is there
             and the smallest change that makes it fit.
     """
-    cuda = device.type == "cuda"
-    request = Request(source, config, cuda, len(prompts), tuple(prompts), tuple(capacities))
-    plan, limits = request.plan(), memory_limits(config, device, loaded)
+    limits = memory_limits(config, device, loaded)
+    request = settle(_request(source, config, device, prompts, capacities), limits)
+    plan = request.plan()
     short = limits.shortage(plan)
     if short is not None:
         raise MemoryPlanError(_line(f"{sum(capacities):,} tokens", short, _remedy(request, limits)))
     return plan
+
+
+def settle_config(
+    source: ModelSource,
+    config: OffloadConfig,
+    device: torch.device,
+    prompts: list[int],
+    capacities: list[int],
+    loaded: int = 0,
+) -> OffloadConfig:
+    """The config of one call with what the memory that is free decides; see `check_memory`."""
+    limits = memory_limits(config, device, loaded)
+    return settle(_request(source, config, device, prompts, capacities), limits).config
+
+
+def _request(
+    source: ModelSource, config: OffloadConfig, device: torch.device, prompts: list[int], capacities: list[int]
+) -> Request:
+    return Request(source, config, device.type == "cuda", len(prompts), tuple(prompts), tuple(capacities))
 
 
 def check_request(loaded: LoadedModel, config: OffloadConfig, prompts: list[int], capacities: list[int]) -> MemoryPlan:

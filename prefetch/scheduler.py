@@ -164,6 +164,8 @@ class PrefetchScheduler:
             elif selection.tokens.shape[2]:
                 counts, timer = self._counts[layer], self.timer.in_line(layer)
                 hot_set.admit(layer, selection.tokens, places=places, counts=counts, timer=timer)
+                if hot_set.reuse:
+                    self._compared.add(layer)
         if hot_set is None or self._mode != "exact" or not hot_set.reuse or selection.scores is None:
             return
         width = min(hot_set.capacity, step.most_kept + step.most_kept // LOOK_AHEAD_PART)
@@ -181,7 +183,6 @@ class PrefetchScheduler:
                 tokens = self.selector.look_ahead(layer, selection, step, width)
                 counts, timer = self._counts[layer], self.timer.prefetch(layer)
                 hot_set.admit(layer, tokens, counts=counts, attended=False, timer=timer)
-        self._compared.add(layer)
 
     def traffic(self) -> list[Traffic]:
         """Counts of every layer so far; waits for the device."""

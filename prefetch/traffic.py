@@ -14,8 +14,8 @@ class Traffic:
         moved: Rows copied over the link.
         selected: Rows that were selected and attended (the window's not counted).
         old: Of those, rows on the device since an earlier step.
-        predicted: Rows selected in layers with a look-ahead.
-        recalled: Of those, rows that the last step's selection or look-ahead had.
+        predicted: Rows selected by true queries, with rows kept from the step before.
+        recalled: Of those, rows that the step before had selected or fetched ahead.
     """
 
     moved: int
@@ -31,7 +31,7 @@ class Traffic:
 
     @property
     def recall(self) -> float | None:
-        """Share of the selection that the last step's selection or look-ahead had."""
+        """Share of the selection that the step before had selected or fetched ahead."""
         return self.recalled / self.predicted if self.predicted else None
 
     @staticmethod

@@ -36,6 +36,23 @@ def test_a_budget_of_the_whole_context_equals_transformers(family: str, kv_heads
         torch.testing.assert_close(out.logits, expected.cpu(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_exact_off_and_gpu_give_the_same_256_tokens(kv_heads: int, tmp_path: Path) -> None:
+    save_tiny(tmp_path, tiny_config("llama", kv_heads), torch.bfloat16)
+    prompts = random_prompts(600, 300)
+    answers = {}
+    for prefetch, location in (("exact", "host"), ("off", "host"), ("exact", "gpu")):
+        changes = {"prefetch": prefetch, "kv_location": location, "hot_set": 1.5, "token_budget": "1/8"}
+        with make(tmp_path, segment_tokens=64, **changes) as gen:
+            outs = gen.generate(prompts, max_new_tokens=256)
+        answers[prefetch, location] = [out.token_ids for out in outs]
+        assert outs[0].stats["graph_capture_s"] > 0
+        if location == "host":
+            assert 0 < outs[0].stats["hot_set_hit_rate"] < 1 and outs[0].stats["link_gb_per_s"] > 0
+    assert answers["exact", "host"] == answers["off", "host"] == answers["exact", "gpu"]
+    assert len(set(answers["off", "host"][0])) > 20, "the answer is not one token over and over"
+
+
 def test_a_long_prompt_takes_memory_as_planned_and_gives_all_of_it_back(tmp_path: Path) -> None:
     config = tiny_config(
         "llama", hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_hidden_layers=6, head_dim=64

@@ -99,6 +99,25 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
             check_request(gen.loaded, gen.config, [longest + 1], [longest + 1])
 
 
+def test_the_hot_set_is_chosen_for_each_call_and_a_smaller_one_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny(tmp_path, tiny_config("llama"))
+    config = OffloadConfig(max_context=8192, token_budget="1/4")
+    with OffloadedGenerator.from_pretrained(str(tmp_path), config=config, device="cpu") as gen:
+        prompt = random_prompts(2000)[0]
+        gen.generate(prompt, max_new_tokens=1)
+        assert gen.config.hot_set == 4 and "hot set" not in capsys.readouterr().err
+        tight = dataclasses.replace(gen.config, hot_set=2)
+        plan = plan_request(gen.loaded.source, tight, [2000], [2001], cuda=False)
+        gen.config = dataclasses.replace(gen.config, host_memory=plan.gpu_total + plan.host_kv)
+        gen.generate(prompt, max_new_tokens=1)
+        assert gen.config.hot_set == 2
+        assert "hot set: 2 x the budget, the most that fits; 4 x is faster" in capsys.readouterr().err
+        gen.generate(prompt[:500], max_new_tokens=1)
+        assert gen.config.hot_set == 4
+
+
 def test_the_smallest_change_is_named(tmp_path: Path) -> None:
     """A budget of half the context keeps every row twice: without the second copies it fits."""
     save_tiny(tmp_path, tiny_config("llama"))

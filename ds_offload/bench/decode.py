@@ -25,7 +25,7 @@ from ds_offload.errors import InputError
 from ds_offload.families import check_supported
 from ds_offload.kv_context import KVContext
 from ds_offload.loading import LoadedModel, ModelSource, find_model, load_weights
-from ds_offload.memory_check import plan_request
+from ds_offload.memory_check import plan_request, settle_config
 from ds_offload.notices import notice
 
 SELECTIONS = ("replayed", "random")
@@ -99,6 +99,8 @@ def bench_decode(
         trained_context=source.shape.trained_context,
         kv_dtype=dtype_name(source.dtype),
     )
+    lengths = [1] * sizes.sequences, [sizes.capacity] * sizes.sequences
+    config = settle_config(source, config, device, *lengths)
     check_fits(source, config, sizes, device)
     # Now, while the device is empty.
     measure_limits(device)

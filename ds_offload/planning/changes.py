@@ -6,14 +6,13 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 
-from ds_offload.config import TOP_P_CAP, TokenBudget
+from ds_offload.config import HOT_SETS, TOP_P_CAP, TokenBudget
 from ds_offload.errors import InputError
 from ds_offload.families import check_supported
 from ds_offload.planning.request import MemoryLimits, Request
 
 # Contexts beyond this are not looked at.
 LONGEST = 1 << 30
-HOT_SETS = (2.0, 1.25, 1.0)
 # A budget is halved so often at most, and a context shortened to this share at least, before changes are combined.
 HALVINGS = 2
 LEAST_SHARE = Fraction(1, 2)
@@ -25,6 +24,14 @@ Change = tuple[list[str], Request]
 def fits(request: Request, limits: MemoryLimits) -> bool:
     """Whether a request's plan is within the limits."""
     return limits.shortage(request.plan()) is None
+
+
+def settle(request: Request, limits: MemoryLimits) -> Request:
+    """The request with a hot set where none was asked for: the largest of `HOT_SETS` that fits, else the least."""
+    if request.config.hot_set is not None:
+        return request
+    choices = [request.of(hot_set=multiple) for multiple in HOT_SETS]
+    return next((choice for choice in choices if fits(choice, limits)), choices[-1])
 
 
 def find_changes(request: Request, limits: MemoryLimits) -> list[str] | None:
@@ -69,7 +76,7 @@ def _after(first: Change, then: Iterator[Change]) -> Iterator[Change]:
 
 def _hot_sets(request: Request) -> Iterator[Change]:
     for multiple in HOT_SETS:
-        if multiple < request.config.hot_set:
+        if multiple < request.config.hot_set_multiple:
             yield [f"--hot-set {multiple:g}"], request.of(hot_set=multiple)
 
 

@@ -67,7 +67,7 @@ def estimate(request: Request, rates: Rates | None) -> Estimate:
     """
     shape = request.shape()
     on_device = shape.kv_on_device
-    hits = 1.0 if on_device else hit_rate(request.config.hot_set, shape)
+    hits = 1.0 if on_device else hit_rate(request.config.hot_set_multiple, shape)
     # Per row that no earlier step left on the device.
     in_line, ahead = (IN_LINE, AHEAD) if shape.look_ahead else (0.0, 1.0) if shape.predicted else (1.0, 0.0)
     offloaded = shape.layers - shape.dense_layers

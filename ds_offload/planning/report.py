@@ -12,7 +12,7 @@ from ds_offload.dtypes import dtype_name
 from ds_offload.families import check_supported
 from ds_offload.loading import ModelSource, find_model
 from ds_offload.memory.plan import MemoryPlan
-from ds_offload.planning.changes import find_changes, longest_context
+from ds_offload.planning.changes import find_changes, longest_context, settle
 from ds_offload.planning.estimate import Estimate, estimate
 from ds_offload.planning.request import Request, Shortage, host_total, memory_text
 from ds_offload.planning.target import Target
@@ -40,14 +40,16 @@ class PlanReport:
     @classmethod
     def make(cls, request: Request, target: Target) -> PlanReport:
         """Plan `request` for `target`."""
-        plan, limits = request.plan(), target.limits
+        limits, asked = target.limits, request
+        request = settle(asked, limits)
+        plan = request.plan()
         return cls(
             request=request,
             target=target,
             plan=plan,
             shortage=limits.shortage(plan),
             estimate=estimate(request, target.rates),
-            max_context=longest_context(request, limits),
+            max_context=longest_context(asked, limits),
             changes=find_changes(request, limits) or [],
         )
 

@@ -142,10 +142,12 @@ def _cache_shape(
     assert config.label_channels is not None, "the config is resolved"
     everything = budget.fraction == 1
     kv_on_device = config.kv_location == "gpu"
-    hot_slots = hot_set_capacity(config.hot_set, kept, max(capacities), window)
+    hot_slots = hot_set_capacity(config.hot_set_multiple, kept, max(capacities), window)
     # As `PrefetchScheduler` decides.
     wide = min(hot_slots, kept + kept // LOOK_AHEAD_PART)
-    looks_ahead = config.prefetch == "exact" and config.hot_set > 0 and wide > kept and not (kv_on_device or everything)
+    looks_ahead = (
+        config.prefetch == "exact" and config.hot_set_multiple > 0 and wide > kept and not (kv_on_device or everything)
+    )
     return CacheShape(
         layers=shape.layers,
         dense_layers=len(config.dense_layers),

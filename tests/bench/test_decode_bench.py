@@ -50,7 +50,7 @@ def calibration(loaded: LoadedModel) -> Calibration:
 def config(loaded: LoadedModel) -> OffloadConfig:
     shape = loaded.source.shape
     given = OffloadConfig(
-        max_context=CAPACITY, token_budget=KEPT + WINDOW, sink_tokens=2, recent_tokens=4, segment_tokens=64
+        max_context=CAPACITY, token_budget=KEPT + WINDOW, sink_tokens=2, recent_tokens=4, segment_tokens=64, hot_set=2
     )
     return given.resolve(head_dim=shape.head_dim, layers=shape.layers, trained_context=512, kv_dtype="fp32")
 
@@ -203,10 +203,10 @@ def test_variants_that_differ_from_the_config() -> None:
     def names(cuda: bool, **changes: Any) -> list[str]:
         return [variant.name for variant in choose_variants(None, OffloadConfig(**changes), cuda)]
 
-    assert names(True) == [name for name in VARIANTS if name != "prefetch-exact"]
+    assert names(True) == [name for name in VARIANTS if name != "prefetch-off"]
     assert "no-graph" not in names(False)
-    assert "prefetch-exact" in names(True, prefetch="off") and "prefetch-off" not in names(True, prefetch="off")
-    assert names(True, kv_location="gpu") == ["ours", "prefetch-speculative", "prefetch-off", "no-graph"]
+    assert "prefetch-off" in names(True, prefetch="exact") and "prefetch-exact" not in names(True, prefetch="exact")
+    assert names(True, kv_location="gpu") == ["ours", "prefetch-exact", "prefetch-speculative", "no-graph"]
     assert [variant.name for variant in choose_variants("ours, paper,ours", OffloadConfig(), True)] == ["ours", "paper"]
     with pytest.raises(InputError, match="--kv-location host"):
         choose_variants("ours,paper", OffloadConfig(kv_location="gpu"), True)

@@ -23,7 +23,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "dense_layers": ("1,0", (0, 1)),
     "kv_location": ("gpu", "gpu"),
     "kv_dtype": ("fp16", "fp16"),
-    "prefetch": ("off", "off"),
+    "prefetch": ("exact", "exact"),
     "hot_set": ("1.5", 1.5),
     "gpu_memory": ("2GiB", 2**31),
     "host_memory": ("1GB", 10**9),

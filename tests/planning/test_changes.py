@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from ds_offload.cli.config_options import build_config
-from ds_offload.config import OffloadConfig
-from ds_offload.planning.changes import LONGEST, find_changes, fits, longest_context
+from ds_offload.config import HOT_SETS, OffloadConfig
+from ds_offload.planning.changes import LONGEST, find_changes, fits, longest_context, settle
 from ds_offload.planning.report import find_source, resolve_request
 from ds_offload.planning.request import MemoryLimits, Request, host_total
 
@@ -20,7 +20,9 @@ MODELS = ("llama-2-7b", "llama-3.1-8b", "mixtral-8x7b", "smollm2-135m")
 
 def request(model: str = "llama-3.1-8b", batch: int = 1, cuda: bool = True, **config: Any) -> Request:
     source = find_source(model, "auto", "auto", None)
-    return resolve_request(source, OffloadConfig(**{"max_context": "128k"} | config), batch, cuda)
+    return resolve_request(
+        source, OffloadConfig(**{"max_context": "128k", "hot_set": 2, "prefetch": "exact"} | config), batch, cuda
+    )
 
 
 def limits_of(asked: Request, gpu: float = 1, host: float = 1) -> MemoryLimits:
@@ -45,6 +47,19 @@ def test_a_request_that_fits_needs_no_change() -> None:
     asked = request()
     assert find_changes(asked, limits_of(asked)) == []
     assert find_changes(asked, dataclasses.replace(limits_of(asked), gpu=asked.plan().gpu_total - 1)) != []
+
+
+def test_a_hot_set_that_is_left_open_is_the_largest_that_fits() -> None:
+    asked = request(hot_set=None)
+    for multiple in HOT_SETS:
+        chosen = asked.of(hot_set=multiple)
+        assert settle(asked, limits_of(chosen)).config.hot_set == multiple
+        # What fits with any hot set fits.
+        assert fits(asked, limits_of(chosen)) and longest_context(asked, limits_of(chosen)) >= asked.context
+    least = limits_of(asked.of(hot_set=1))
+    assert settle(asked, dataclasses.replace(least, gpu=least.gpu - 1)).config.hot_set == 1
+    given = request(hot_set=1.25)
+    assert settle(given, limits_of(asked.of(hot_set=4))) is given
 
 
 @pytest.mark.parametrize("seed", range(40))

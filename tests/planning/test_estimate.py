@@ -17,7 +17,9 @@ T = 1 << 16
 
 def request(model: str = "llama-2-7b", batch: int = 1, dtype: str = "auto", **config: Any) -> Request:
     source = find_source(model, "auto", dtype, None)
-    return resolve_request(source, OffloadConfig(**{"max_context": T} | config), batch, True)
+    return resolve_request(
+        source, OffloadConfig(**{"max_context": T, "hot_set": 2, "prefetch": "exact"} | config), batch, True
+    )
 
 
 @pytest.mark.parametrize(

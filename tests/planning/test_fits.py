@@ -52,7 +52,7 @@ CASES = {
 
 
 def prepare(folder: Path, case: Case, **limits: int) -> PreparedModel:
-    config = OffloadConfig(max_context=4096, **case.config, **limits)
+    config = OffloadConfig(**{"max_context": 4096, "hot_set": 2, "prefetch": "exact"} | case.config | limits)
     return PreparedModel.find(str(folder), config, "auto", "cpu", "auto", None)
 
 
