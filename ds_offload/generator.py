@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ds_offload.preparation import PreparedModel, encode_checked
 from ds_offload.prompts import is_batch
 from ds_offload.sampling import Sampler, SamplingParams
 from ds_offload.statistics import RunStatistics
+from ds_offload.step_trace import StepTrace
 from ds_offload.text_stream import TextStream
 
 
@@ -175,6 +177,7 @@ class OffloadedGenerator:
         *,
         output_logits: bool = False,
         on_progress: ProgressCallback | None = None,
+        trace: str | Path | None = None,
         **sampling: Any,
     ) -> Any:
         """Answer one prompt, or each prompt of a batch.
@@ -184,6 +187,7 @@ class OffloadedGenerator:
                 template), a list of token ids, or a list of any of these.
             output_logits: Keep the logits every new token was chosen from.
             on_progress: Called with (phase, done, total), phase "prefill" or "decode".
+            trace: File for a Chrome trace of a few decode steps; see `StepTrace`.
             **sampling: Fields of `SamplingParams`: `max_new_tokens`, `temperature`
                 (0 is greedy, the default), `top_k`, `top_p`, `min_p`,
                 `repetition_penalty`, `stop`, `seed`.
@@ -197,12 +201,20 @@ class OffloadedGenerator:
         prompts = list(prompt) if is_batch(prompt) else [prompt]
         sequences = self._sequences(prompts, SamplingParams(**sampling))
         statistics = RunStatistics(self.decoder, self.config)
-        for _ in self._run(sequences, statistics, output_logits, on_progress):
-            pass
+        with StepTrace(trace, self.decoder.device) as steps:
+            for _ in self._run(sequences, statistics, output_logits, on_progress, steps):
+                pass
         outputs = [sequence.output(statistics.summary()) for sequence in sequences]
         return outputs if is_batch(prompt) else outputs[0]
 
-    def stream(self, prompt: Any, *, on_progress: ProgressCallback | None = None, **sampling: Any) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: Any,
+        *,
+        on_progress: ProgressCallback | None = None,
+        trace: str | Path | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
         """Answer one prompt piece by piece; `last_output` holds the whole when the iterator ends.
 
         Takes what `generate` takes. Closing the iterator early frees the cache.
@@ -213,13 +225,14 @@ class OffloadedGenerator:
         if is_batch(prompt):
             raise InputError("stream takes one prompt, and a batch was given; use generate for a batch")
         sequence = self._sequences([prompt], SamplingParams(**sampling))[0]
-        return self._stream(sequence, on_progress)
+        return self._stream(sequence, on_progress, StepTrace(trace, self.decoder.device))
 
-    def _stream(self, sequence: _Sequence, on_progress: ProgressCallback | None) -> Iterator[str]:
+    def _stream(self, sequence: _Sequence, on_progress: ProgressCallback | None, trace: StepTrace) -> Iterator[str]:
         statistics = RunStatistics(self.decoder, self.config)
-        for pieces in self._run([sequence], statistics, False, on_progress):
-            if pieces[0]:
-                yield pieces[0]
+        with trace as steps:
+            for pieces in self._run([sequence], statistics, False, on_progress, steps):
+                if pieces[0]:
+                    yield pieces[0]
         self.last_output = sequence.output(statistics.summary())
 
     def _sequences(self, prompts: list[Any], params: SamplingParams) -> list[_Sequence]:
@@ -254,6 +267,7 @@ class OffloadedGenerator:
         statistics: RunStatistics,
         keep_logits: bool,
         on_progress: ProgressCallback | None,
+        trace: StepTrace,
     ) -> Iterator[list[str]]:
         """Prefill every sequence, then decode them together; yields each step's new text per sequence."""
         lengths = [len(sequence.prompt) for sequence in sequences]
@@ -284,6 +298,7 @@ class OffloadedGenerator:
                 for n in running:
                     pieces[n] = sequences[n].take(logits[n], keep_logits)
                 statistics.stepped(context, lengths)
+                trace.step()
                 if on_progress is not None:
                     on_progress("decode", max(len(sequence.tokens) for sequence in sequences), longest)
                 yield pieces

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,6 +42,9 @@ def run(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    trace: Annotated[
+        str | None, typer.Option("--trace", metavar="FILE", help="Write a Chrome trace of a few decode steps.")
+    ] = None,
 ) -> None:
     """Answer a prompt. The prompt comes from --prompt, --prompt-file or a pipe."""
     text = read_prompt(prompt, prompt_file)
@@ -48,6 +52,11 @@ def run(
         raise InputError("--question is empty; give a question about the prompt, or leave it out")
     longest = check_sampling(sampling).max_new_tokens
     assert isinstance(longest, int)
+
+    if trace is not None:
+        from ds_offload.step_trace import check_trace_path
+
+        check_trace_path(Path(trace))
 
     from ds_offload.generator import OffloadedGenerator
     from ds_offload.preparation import PreparedModel
@@ -58,7 +67,7 @@ def run(
         raise InputError("--stop needs a tokenizer, and this model's folder has none; leave --stop out")
     prepared.check_answer(ids, longest)
     with OffloadedGenerator.from_prepared(prepared) as generator:
-        answer(generator, ids, sampling, as_json)
+        answer(generator, ids, sampling, as_json, trace)
 
 
 def check_sampling(sampling: dict[str, Any]) -> SamplingParams:
@@ -94,11 +103,13 @@ def build_prompt(text: str, question: str | None, chat: bool, tokenizer: Any) ->
     return [{"role": "user", "content": text}] if chat else text
 
 
-def answer(generator: OffloadedGenerator, prompt: Any, sampling: dict[str, Any], as_json: bool) -> None:
+def answer(
+    generator: OffloadedGenerator, prompt: Any, sampling: dict[str, Any], as_json: bool, trace: str | None = None
+) -> None:
     """Generate and print: the text as it comes and a line of figures on stderr, or one JSON object."""
     if as_json:
         with ProgressReport() as progress:
-            output = generator.generate(prompt, on_progress=progress, **sampling)
+            output = generator.generate(prompt, on_progress=progress, trace=trace, **sampling)
         result = {
             "model": generator.loaded.source.name,
             "text": output.text,
@@ -113,7 +124,7 @@ def answer(generator: OffloadedGenerator, prompt: Any, sampling: dict[str, Any],
         return
     # The answer itself shows how far decoding is, so only the prompt's progress is reported.
     with ProgressReport(phases=("prefill",)) as progress:
-        for piece in generator.stream(prompt, on_progress=progress, **sampling):
+        for piece in generator.stream(prompt, on_progress=progress, trace=trace, **sampling):
             progress.close()
             sys.stdout.write(piece)
             sys.stdout.flush()

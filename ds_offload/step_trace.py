@@ -1,0 +1,78 @@
+"""A Chrome trace of a few decode steps: what every stream does, and when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from ds_offload.errors import InputError
+from ds_offload.notices import notice
+
+# The first steps compile kernels and capture the graph; the profiler itself starts up in the next.
+SKIPPED_STEPS = 3
+TRACED_STEPS = 4
+
+
+class StepTrace:
+    """Records decode steps after the first few into a file for chrome://tracing or Perfetto; a context manager.
+
+    On CUDA the trace holds the kernels of every stream, so that copies of rows beside
+    computation can be seen; on a CPU, torch's operations. Tracing slows the steps it sees.
+
+    Args:
+        path: The file; None records nothing.
+        device: Where the steps run.
+
+    Raises:
+        InputError: The folder of `path` does not exist, or `path` is one.
+    """
+
+    def __init__(self, path: str | Path | None, device: torch.device) -> None:
+        self._path = Path(path) if path is not None else None
+        self._profile: profile | None = None
+        self._written = False
+        if self._path is None:
+            return
+        check_trace_path(self._path)
+        activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
+        steps = schedule(wait=SKIPPED_STEPS - 1, warmup=1, active=TRACED_STEPS, repeat=1)
+        self._profile = profile(activities=activities, schedule=steps, on_trace_ready=self._write)
+
+    def __enter__(self) -> StepTrace:
+        if self._profile is not None:
+            self._profile.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if self._profile is None:
+            return
+        self._profile.__exit__(kind, error, where)
+        if kind is None and not self._written:
+            least = SKIPPED_STEPS + 2
+            notice(f"no trace was written: it begins at the answer's token {least}; raise --max-new-tokens")
+
+    def step(self) -> None:
+        """One decode step has ended."""
+        if self._profile is not None:
+            self._profile.step()
+
+    def _write(self, recorded: profile) -> None:
+        recorded.export_chrome_trace(str(self._path))
+        self._written = True
+        notice(f"trace of {TRACED_STEPS} decode steps at most written to {self._path}")
+
+
+def check_trace_path(path: Path) -> None:
+    """Refuse a trace file that cannot be written.
+
+    Raises:
+        InputError: Its folder does not exist, or it is a folder.
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        reason = "is a folder" if path.is_dir() else f"is in {path.parent}, which is no folder"
+        raise InputError(f"trace={path} {reason}; give the name of a file in a folder that exists")

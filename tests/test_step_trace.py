@@ -1,0 +1,59 @@
+"""A trace of decode steps: written where enough steps ran, refused where it cannot be written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_models import random_prompts, save_tiny, tiny_config
+
+from ds_offload import OffloadConfig, OffloadedGenerator
+from ds_offload.errors import InputError
+from ds_offload.step_trace import SKIPPED_STEPS, TRACED_STEPS
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_trace_shows_the_steps_and_changes_no_token(
+    device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny(tmp_path, tiny_config("llama"))
+    prompt, file = random_prompts(60)[0], tmp_path / "trace.json"
+    new = 1 + SKIPPED_STEPS + TRACED_STEPS + 1
+    with OffloadedGenerator.from_pretrained(
+        str(tmp_path), config=OffloadConfig(max_context=1024), device=device
+    ) as gen:
+        plain = gen.generate(prompt, max_new_tokens=new)
+        traced = gen.generate(prompt, max_new_tokens=new, trace=file)
+        streamed = "".join(gen.stream(prompt, max_new_tokens=new, trace=tmp_path / "other.json"))
+    assert traced.token_ids == plain.token_ids and streamed == plain.text
+    assert f"written to {file}" in capsys.readouterr().err
+    events = json.loads(file.read_text())["traceEvents"]
+    names = [str(event.get("name")) for event in events]
+    if device == "cpu":
+        # Four steps of three layers.
+        assert sum(name == "aten::embedding" for name in names) >= TRACED_STEPS
+    else:
+        kernels = [event for event in events if event.get("cat") == "kernel"]
+        assert sum("_gather_kernel" in event["name"] for event in kernels) == TRACED_STEPS * 3
+    assert (tmp_path / "other.json").stat().st_size > 1000
+
+
+def test_too_few_steps_leave_no_file_and_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny(tmp_path, tiny_config("llama"))
+    with OffloadedGenerator.from_pretrained(str(tmp_path), device="cpu") as gen:
+        gen.generate(random_prompts(20)[0], max_new_tokens=2, trace=tmp_path / "trace.json")
+    assert not (tmp_path / "trace.json").exists()
+    assert "no trace was written: it begins at the answer's token 5" in capsys.readouterr().err
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    save_tiny(tmp_path, tiny_config("llama"))
+    with OffloadedGenerator.from_pretrained(str(tmp_path), device="cpu") as gen:
+        for wrong, reason in ((tmp_path, "is a folder"), (tmp_path / "no" / "t.json", "is no folder")):
+            with pytest.raises(InputError, match=reason):
+                gen.generate(random_prompts(20)[0], max_new_tokens=2, trace=wrong)
+            with pytest.raises(InputError, match=reason):
+                gen.stream(random_prompts(20)[0], max_new_tokens=2, trace=wrong)
