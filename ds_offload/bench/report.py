@@ -20,6 +20,10 @@ UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6}
 PICTURES = (".png", ".pdf", ".svg")
 
 
+# Rows whose times differ by more than this factor are drawn on a logarithmic scale.
+WIDE_RANGE = 20
+
+
 @dataclass(frozen=True)
 class BenchRow:
     """One measured time.
@@ -125,6 +129,9 @@ class Report:
             axes.legend()
         axes.set_yticks(places, [row.name for row in self.rows])
         axes.invert_yaxis()
+        shown = [row.median for row in self.rows if row.median > 0]
+        if shown and max(shown) > WIDE_RANGE * min(shown):
+            axes.set_xscale("log")
         axes.set_xlabel(", ".join(dict.fromkeys(row.unit for row in self.rows)))
         axes.set_title(f"{self.bench} on {self.environment.device}")
         figure.savefig(path, dpi=150)
