@@ -22,16 +22,25 @@ Change = tuple[list[str], Request]
 
 
 def fits(request: Request, limits: MemoryLimits) -> bool:
-    """Whether a request's plan is within the limits."""
-    return limits.shortage(request.plan()) is None
+    """Whether a request's plan is within the limits, its prefill streamed if need be."""
+    return limits.shortage(request.plan(limits.gpu)) is None
 
 
 def settle(request: Request, limits: MemoryLimits) -> Request:
-    """The request with a hot set where none was asked for: the largest of `HOT_SETS` that fits, else the least."""
+    """The request with a hot set where none was asked for: the largest of `HOT_SETS` that fits, else the least.
+
+    A larger hot set is no reason to stream the prefill.
+    """
     if request.config.hot_set is not None:
         return request
     choices = [request.of(hot_set=multiple) for multiple in HOT_SETS]
-    return next((choice for choice in choices if fits(choice, limits)), choices[-1])
+    return next((choice for choice in choices if _device_holds(choice, limits)), choices[-1])
+
+
+def _device_holds(request: Request, limits: MemoryLimits) -> bool:
+    """Whether what grows with the hot set fits: a store too large for the host is none of its business."""
+    short = limits.shortage(request.plan())
+    return short is None or (limits.gpu is not None and short.place == "host")
 
 
 def find_changes(request: Request, limits: MemoryLimits) -> list[str] | None:

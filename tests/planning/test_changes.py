@@ -58,6 +58,8 @@ def test_a_hot_set_that_is_left_open_is_the_largest_that_fits() -> None:
         assert fits(asked, limits_of(chosen)) and longest_context(asked, limits_of(chosen)) >= asked.context
     least = limits_of(asked.of(hot_set=1))
     assert settle(asked, dataclasses.replace(least, gpu=least.gpu - 1)).config.hot_set == 1
+    scarce = dataclasses.replace(limits_of(asked.of(hot_set=2)), host=1)
+    assert settle(asked, scarce).config.hot_set == 2, "the host's memory does not grow with it"
     given = request(hot_set=1.25)
     assert settle(given, limits_of(asked.of(hot_set=4))) is given
 
