@@ -243,8 +243,13 @@ def test_stats_have_the_contracts_names(llama: Path) -> None:
         stats = gen.generate(random_prompts(100)[0], max_new_tokens=NEW).stats
     assert stats["prefill_s"] > 0 and stats["decode_ms_per_token"] > 0
     assert 0 < stats["prefetch_recall"] <= 1 and 0 <= stats["hot_set_hit_rate"] <= 1
-    # Three layers, two KV heads: at most 19 selected rows each, fetched once for the prediction and once in line.
+    # Three layers, two KV heads: at most 19 selected rows each.
     row = 2 * 16 * 4
-    assert 0 < stats["h2d_bytes_per_token"] <= 3 * 2 * 2 * 19 * row
+    assert 0 < stats["h2d_bytes_per_token"] <= 3 * 2 * 19 * row
+    layers = stats["layers"]
+    assert sum(layers["h2d_bytes_per_token"]) == pytest.approx(stats["h2d_bytes_per_token"], abs=1)
+    assert sum(layers["hot_set_hit_rate"]) / 3 == pytest.approx(stats["hot_set_hit_rate"])
+    # There is no link on a CPU.
+    assert stats["link_gb_per_s"] is None and layers["stall_ms_per_token"] == [None] * 3
     assert stats["gpu_peak_bytes"] == 0 and stats["host_pinned_bytes"] == 0
     assert stats["host_kv_bytes"] == 3 * 2 * 1024 * row

@@ -33,6 +33,8 @@ def figures_line(output: GenerationOutput) -> str:
         parts.append(f"{bytes_text(stats['h2d_bytes_per_token'])}/token from the host")
     if stats.get("hot_set_hit_rate") is not None:
         parts.append(f"hot set hits {100 * stats['hot_set_hit_rate']:.0f} %")
+    if stats.get("stall_ms_per_token") is not None:
+        parts.append(f"waiting for rows {stats['stall_ms_per_token']:.1f} ms/token")
     if stats.get("gpu_peak_bytes"):
         parts.append(f"GPU peak {bytes_text(stats['gpu_peak_bytes'])}")
     if stats.get("host_kv_bytes"):

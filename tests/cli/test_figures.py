@@ -30,13 +30,15 @@ def test_everything_measured() -> None:
         "h2d_bytes_per_token": 2**20,
         "hot_set_hit_rate": 0.914,
         "prefetch_recall": 0.5,
+        "stall_ms_per_token": 1.26,
         "gpu_peak_bytes": 2**31,
         "host_kv_bytes": 2**30,
     }
     output = GenerationOutput("text", [1] * 1200, 5000, "length", stats)
     assert figures_line(output) == (
         "prompt 5,000 tokens in 2.00 s (2,500 tokens/s); 1,200 new tokens at 83.3 ms/token, cut at the limit; "
-        "1.0 MiB/token from the host; hot set hits 91 %; GPU peak 2.0 GiB; KV cache on the host 1.0 GiB"
+        "1.0 MiB/token from the host; hot set hits 91 %; "
+        "waiting for rows 1.3 ms/token; GPU peak 2.0 GiB; KV cache on the host 1.0 GiB"
     )
 
 
