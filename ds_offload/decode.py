@@ -40,9 +40,11 @@ class DecodeLoop:
         self._fixed: _StepBuffers | None = None
         self._parts: DecodeLayers | None = None
         self._logits: Tensor | None = None
+        # Waiting for it puts the thread to sleep, where reading a number from the device would spin on a core.
+        self._done = torch.cuda.Event(blocking=True) if self._cuda else None
 
     def step(self, tokens: list[int], lengths: list[int]) -> Tensor:
-        """Logits `[B, vocab]` float32 of each sequence's next token; valid until the next step.
+        """Logits `[B, vocab]` float32 of each sequence's next token, ready to read; valid until the next step.
 
         Args:
             tokens: The newest token of each of the B sequences; its K/V join the context.
@@ -69,7 +71,9 @@ class DecodeLoop:
         else:
             self._logits = self._layers(self._fixed.tokens, self._fixed.step, self._fixed.rope)
             self._warm = True
-        assert self._logits is not None
+        assert self._logits is not None and self._done is not None
+        self._done.record()
+        self._done.synchronize()
         return self._logits
 
     def _capture(self) -> None:
