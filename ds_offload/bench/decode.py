@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from ds_offload.bench.decode_steps import StepTimes, time_steps
 from ds_offload.bench.decode_variants import Variant, apply_variant, choose_variants
 from ds_offload.bench.filled_context import FilledRows, filled_context
 from ds_offload.bench.limits import measure_limits
+from ds_offload.bench.read_context import read_context, read_windows
 from ds_offload.bench.report import BenchRow
 from ds_offload.bench.selections import ReplayedSelections
 from ds_offload.bench.sizes import check_room
@@ -24,7 +27,7 @@ from ds_offload.dtypes import dtype_name, torch_dtype
 from ds_offload.errors import InputError
 from ds_offload.families import check_supported
 from ds_offload.kv_context import KVContext
-from ds_offload.loading import LoadedModel, ModelSource, find_model, load_weights
+from ds_offload.loading import LoadedModel, ModelSource, find_model, load_tokenizer, load_weights
 from ds_offload.memory_check import plan_request, settle_config
 from ds_offload.notices import notice
 
@@ -37,7 +40,7 @@ class DecodeSizes:
     """What is decoded.
 
     Attributes:
-        model: An alias, a folder or a .gguf file; its weights are made up.
+        model: An alias, a folder or a .gguf file; its weights are made up, but with `text`.
         dtype: Of the weights.
         tokens: Tokens of each context before the first step.
         sequences: B.
@@ -45,6 +48,7 @@ class DecodeSizes:
         selections: "replayed" (as much repetition as in real text) or "random" (what random labels give).
         variants: Names with commas between them; None is all of them.
         with_transformers: Whether transformers' offloaded cache is timed too.
+        text: A file that the model, with its own weights, reads before it decodes; None makes everything up.
 
     Raises:
         InputError: A value out of range.
@@ -59,6 +63,7 @@ class DecodeSizes:
     selections: str
     variants: str | None
     with_transformers: bool
+    text: str | None = None
 
     def __post_init__(self) -> None:
         if self.selections not in SELECTIONS:
@@ -67,6 +72,11 @@ class DecodeSizes:
             raise InputError(
                 f"warm_ups={self.warm_ups} is too few to compile and capture; give {FEWEST_WARM_UPS} or more"
             )
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of a prompt that is really read."""
+        return 1 if self.text is None else self.tokens
 
     @property
     def capacity(self) -> int:
@@ -88,10 +98,10 @@ def bench_decode(
     Raises:
         InputError: The model is not supported, a value is out of range, or it does not fit.
     """
-    if sizes.selections == "replayed" and config.budget.top_p is not None:
+    if sizes.text is None and sizes.selections == "replayed" and config.budget.top_p is not None:
         raise InputError(f"token_budget={config.budget} depends on the scores; use --selections random with it")
     variants = choose_variants(sizes.variants, config, device.type == "cuda")
-    source = find_model(sizes.model, load_format="dummy", dtype=sizes.dtype)
+    source = find_model(sizes.model, load_format="dummy" if sizes.text is None else "auto", dtype=sizes.dtype)
     check_supported(source.config, 1)
     config = dataclasses.replace(config, max_context=sizes.capacity).resolve(
         head_dim=source.shape.head_dim,
@@ -99,14 +109,18 @@ def bench_decode(
         trained_context=source.shape.trained_context,
         kv_dtype=dtype_name(source.dtype),
     )
-    lengths = [1] * sizes.sequences, [sizes.capacity] * sizes.sequences
+    tokenizer, windows = None, None
+    if sizes.text is not None:
+        tokenizer = load_tokenizer(source)
+        windows = read_windows(sizes.text, tokenizer, sizes.tokens, sizes.sequences)
+    lengths = [sizes.prompt] * sizes.sequences, [sizes.capacity] * sizes.sequences
     config = settle_config(source, config, device, *lengths)
     check_fits(source, config, sizes, device)
     # Now, while the device is empty.
     measure_limits(device)
-    notice(f"bench decode: random weights of {sizes.model}'s shape")
-    loaded = load_weights(source, device)
-    bench = _Bench(loaded, sizes, config)
+    notice(f"bench decode: {'random' if windows is None else 'the'} weights of {sizes.model}")
+    loaded = load_weights(source, device, tokenizer)
+    bench = _Bench(loaded, sizes, config, windows)
     rows = [bench.floor(), *bench.run(variants)]
     notes = []
     if sizes.with_transformers:
@@ -125,9 +139,9 @@ def check_fits(source: ModelSource, config: OffloadConfig, sizes: DecodeSizes, d
     Raises:
         MemoryPlanError: Weights, caches and replayed selections need more than there is.
     """
-    plan = plan_request(source, config, [1] * sizes.sequences, [sizes.capacity] * sizes.sequences)
+    plan = plan_request(source, config, [sizes.prompt] * sizes.sequences, [sizes.capacity] * sizes.sequences)
     gpu = plan.gpu_tensors
-    if sizes.selections == "replayed":
+    if sizes.text is None and sizes.selections == "replayed":
         heads = (sizes.sequences, source.shape.kv_heads)
         kept = config.budget.tokens(sizes.capacity)
         # The paper's variant holds them a second time, in another order.
@@ -140,14 +154,18 @@ def check_fits(source: ModelSource, config: OffloadConfig, sizes: DecodeSizes, d
 class _Bench:
     """One model, its rows and its selections, for all variants."""
 
-    def __init__(self, loaded: LoadedModel, sizes: DecodeSizes, config: OffloadConfig) -> None:
-        self.loaded, self.sizes, self.config = loaded, sizes, config
+    def __init__(
+        self, loaded: LoadedModel, sizes: DecodeSizes, config: OffloadConfig, windows: list[list[int]] | None
+    ) -> None:
+        self.loaded, self.sizes, self.config, self.windows = loaded, sizes, config, windows
         self.device = loaded.device
         self.limits = measure_limits(self.device)
         shape = loaded.source.shape
         decoder = DecoderStack(loaded.model)
         heads = (shape.layers, shape.kv_heads, shape.head_dim)
-        if config.calibration is not None:
+        if windows is not None:
+            self.calibration = find_or_make_calibration(loaded, decoder, config.calibration, windows[0])
+        elif config.calibration is not None:
             self.calibration = find_or_make_calibration(loaded, decoder, config.calibration)
         else:
             ranks = torch.rand(heads, generator=torch.Generator().manual_seed(0))
@@ -175,29 +193,49 @@ class _Bench:
         rows = []
         selections: ReplayedSelections | None = None
         sizes = self.sizes
-        notice(f"bench decode: making {self.cache_bytes / 2**30:.1f} GiB of rows")
-        with FilledRows(DecoderStack(self.loaded.model), self.config, sizes.sequences, sizes.capacity) as filled:
+        with self._filled() as filled:
             for number, variant in enumerate(variants):
                 notice(f"bench decode: {variant.name} ({number + 1} of {len(variants)})")
                 # Its own, since a variant may change it.
                 decoder = DecoderStack(self.loaded.model)
                 config = dataclasses.replace(self.config, **variant.changes)
-                with filled_context(
-                    *(decoder, config, self.calibration, filled),
-                    sequences=sizes.sequences,
-                    tokens=sizes.tokens,
-                    capacity=sizes.capacity,
-                ) as context:
-                    if selections is None and sizes.selections == "replayed":
+                with self._context(decoder, config, filled) as (context, tokens):
+                    if selections is None and self.windows is None and sizes.selections == "replayed":
                         selections = self._draw(decoder, context)
                     apply_variant(variant, decoder, context, selections, first_position=sizes.tokens)
                     lengths = [sizes.tokens] * sizes.sequences
-                    times = time_steps(decoder, context, lengths, sizes.warm_ups, sizes.steps)
+                    times = time_steps(decoder, context, lengths, sizes.warm_ups, sizes.steps, tokens)
                     rows.append(self._row(variant, decoder, context, times))
                 del context
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
         return rows
+
+    def _filled(self) -> AbstractContextManager[FilledRows | None]:
+        """Made-up rows for all variants; none where a text is read."""
+        if self.windows is not None:
+            return nullcontext()
+        notice(f"bench decode: making {self.cache_bytes / 2**30:.1f} GiB of rows")
+        return FilledRows(DecoderStack(self.loaded.model), self.config, self.sizes.sequences, self.sizes.capacity)
+
+    @contextmanager
+    def _context(
+        self, decoder: DecoderStack, config: OffloadConfig, filled: FilledRows | None
+    ) -> Iterator[tuple[KVContext, list[int]]]:
+        """A context at the first step, and the newest token of each sequence."""
+        sizes = self.sizes
+        if filled is None:
+            assert self.windows is not None, "a text is read where no rows are made up"
+            with read_context(decoder, config, self.calibration, self.windows, sizes.capacity) as read:
+                yield read
+            return
+        with filled_context(
+            *(decoder, config, self.calibration, filled),
+            sequences=sizes.sequences,
+            tokens=sizes.tokens,
+            capacity=sizes.capacity,
+        ) as context:
+            yield context, [0] * sizes.sequences
 
     def _draw(self, decoder: DecoderStack, context: KVContext) -> ReplayedSelections | None:
         if context.most_kept == 0 or self.config.budget.fraction == 1:

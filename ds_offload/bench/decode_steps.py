@@ -37,20 +37,29 @@ class StepTimes:
 
 
 @torch.no_grad()
-def time_steps(decoder: DecoderStack, context: KVContext, lengths: list[int], warm_ups: int, steps: int) -> StepTimes:
+def time_steps(
+    decoder: DecoderStack,
+    context: KVContext,
+    lengths: list[int],
+    warm_ups: int,
+    steps: int,
+    tokens: list[int] | None = None,
+) -> StepTimes:
     """Run greedy decode steps from contexts of `lengths` tokens on, and time the last `steps` of them.
+
+    The first step takes in `tokens`, one of each sequence, zeros by default.
 
     The host waits for each step's logits, as sampling does. On CUDA the first two steps
     compile and capture, so they must be among the warm-ups.
     """
     loop = DecodeLoop(decoder, context)
-    tokens = [0] * len(lengths)
+    newest = [0] * len(lengths) if tokens is None else tokens
     length = list(lengths)
 
     def step() -> None:
-        nonlocal tokens
+        nonlocal newest
         length[:] = [n + 1 for n in length]
-        tokens = next_tokens(loop.step(tokens, length))
+        newest = next_tokens(loop.step(newest, length))
 
     for _ in range(warm_ups):
         step()

@@ -141,8 +141,14 @@ def decode(
     with_transformers: Annotated[
         bool, typer.Option("--with-transformers", help="Time transformers' offloaded cache too; slow.")
     ] = False,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text", metavar="FILE", help="Load the model's own weights and read --ctx tokens of this file before."
+        ),
+    ] = None,
 ) -> None:
-    """Whole decode steps over --ctx tokens (default 128k on a GPU) that no prompt made, part by part."""
+    """Whole decode steps over --ctx tokens (default 128k on a GPU), part by part; made up, or read from --text."""
     from ds_offload.bench.decode import DecodeSizes, bench_decode
     from ds_offload.bench.sizes import parse_count
     from ds_offload.devices import resolve_device
@@ -161,6 +167,7 @@ def decode(
         selections=selections,
         variants=variants,
         with_transformers=with_transformers,
+        text=text,
     )
 
     def work() -> tuple[list[BenchRow], list[str], dict[str, Any]]:
