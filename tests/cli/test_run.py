@@ -159,6 +159,8 @@ def wrong_inputs() -> dict[str, tuple[list[str], str]]:
         "top-p": ([*model, *prompt, "--top-p", "0"], "top_p=0.0"),
         "seed": ([*model, *prompt, "--seed", "-1"], "seed=-1"),
         "no new tokens": ([*model, *prompt, "--max-new-tokens", "0"], "max_new_tokens='0'"),
+        "trace in no folder": ([*model, *prompt, "--trace", "no/where.json"], "trace=no/where.json is in no"),
+        "trace that is a folder": ([*model, *prompt, "--trace", "/"], "trace=/ is a folder"),
         "unknown option": ([*model, *prompt, "--budget", "8"], "--budget"),
         "option without value": ([*model, "--prompt"], "--prompt"),
         "extra argument": ([*model, *prompt, "more"], "more"),
