@@ -53,6 +53,44 @@ def test_exact_off_and_gpu_give_the_same_256_tokens(kv_heads: int, tmp_path: Pat
     assert len(set(answers["off", "host"][0])) > 20, "the answer is not one token over and over"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dense_layers": (1,)},
+        {"token_budget": "top-p:0.8"},
+        {"kv_dtype": "bf16"},
+        {"hot_set": 0},
+        {"kv_location": "gpu", "dense_layers": (0,)},
+        {"label_bits": 16, "label_channels": 5},
+        {"prefetch": "speculative"},
+    ],
+)
+def test_every_setting_gives_what_the_cpu_gives(changes: dict[str, Any], tmp_path: Path) -> None:
+    save_tiny(tmp_path, tiny_config("llama", 2))
+    prompts = random_prompts(150, 61)
+    common = {"max_context": 1024, "sink_tokens": 2, "recent_tokens": 4, "token_budget": "1/4", "segment_tokens": 64}
+    logits = {}
+    for device in ("cpu", "cuda"):
+        config = OffloadConfig(**(common | changes))
+        with OffloadedGenerator.from_pretrained(str(tmp_path), config=config, device=device) as gen:
+            outs = gen.generate(prompts, max_new_tokens=6, output_logits=True)
+        logits[device] = [out.logits for out in outs]
+    for ours, theirs in zip(logits["cuda"], logits["cpu"], strict=True):
+        # The first is the prompt's. Later ones follow a selection, which rounding may change for a tie.
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(ours[:3], theirs[:3], rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("sequences", [3, 17])
+def test_a_batch_gives_each_sequence_the_tokens_it_gets_alone(sequences: int, tmp_path: Path) -> None:
+    save_tiny(tmp_path, tiny_config("llama", 2))
+    prompts = random_prompts(*range(40, 40 + 7 * sequences, 7))
+    with make(tmp_path, token_budget="1/2", segment_tokens=64) as gen:
+        together = gen.generate(prompts, max_new_tokens=8)
+        for out, prompt in list(zip(together, prompts, strict=True))[::8]:
+            assert gen.generate(prompt, max_new_tokens=8).token_ids == out.token_ids
+
+
 def test_a_long_prompt_takes_memory_as_planned_and_gives_all_of_it_back(tmp_path: Path) -> None:
     config = tiny_config(
         "llama", hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_hidden_layers=6, head_dim=64
