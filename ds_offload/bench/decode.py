@@ -151,6 +151,15 @@ def check_fits(source: ModelSource, config: OffloadConfig, sizes: DecodeSizes, d
     check_room(device, gpu=gpu, host=plan.host_kv, gpu_limit=gpu_limit, host_limit=host_limit)
 
 
+def random_calibration(loaded: LoadedModel) -> Calibration:
+    """A calibration of nothing, for weights that mean nothing."""
+    shape = loaded.source.shape
+    heads = (shape.layers, shape.kv_heads, shape.head_dim)
+    ranks = torch.rand(heads, generator=torch.Generator().manual_seed(0))
+    nothing: dict[str, Any] = {"fingerprint": loaded.fingerprint, "tokens": 0, "text": "no text"}
+    return Calibration.rank(ranks, torch.zeros(heads), **nothing)
+
+
 class _Bench:
     """One model, its rows and its selections, for all variants."""
 
@@ -160,17 +169,13 @@ class _Bench:
         self.loaded, self.sizes, self.config, self.windows = loaded, sizes, config, windows
         self.device = loaded.device
         self.limits = measure_limits(self.device)
-        shape = loaded.source.shape
         decoder = DecoderStack(loaded.model)
-        heads = (shape.layers, shape.kv_heads, shape.head_dim)
         if windows is not None:
             self.calibration = find_or_make_calibration(loaded, decoder, config.calibration, windows[0])
         elif config.calibration is not None:
             self.calibration = find_or_make_calibration(loaded, decoder, config.calibration)
         else:
-            ranks = torch.rand(heads, generator=torch.Generator().manual_seed(0))
-            nothing: dict[str, Any] = {"fingerprint": loaded.fingerprint, "tokens": 0, "text": "no text"}
-            self.calibration = Calibration.rank(ranks, torch.zeros(heads), **nothing)
+            self.calibration = random_calibration(loaded)
 
     @property
     def cache_bytes(self) -> int:

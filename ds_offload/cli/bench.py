@@ -24,6 +24,7 @@ DECODE_DEFAULTS = {
     "cuda": ("llama-2-7b", 1 << 17, 32, 24),
     "cpu": ("smollm2-135m", 1 << 10, 4, 3),
 }
+PREFILL_TOKENS = {"cuda": 1 << 15, "cpu": 512}
 SAMPLES = {"cuda": 30, "cpu": 7}
 # Of the table where there is no terminal: nothing is cut.
 TABLE_WIDTH = 300
@@ -177,6 +178,44 @@ def decode(
     _report("decode", device, output, work)
 
 
+@output_options
+@config_options
+def prefill(
+    output: Output,
+    config: OffloadConfig,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Whose shape; its weights are made up. Default: llama-2-7b on a GPU."),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", metavar="bf16|fp16|fp32", help="dtype of the weights.")] = "bf16",
+    repeats: Annotated[str, typer.Option("--repeats", metavar="N", help="Prefills that are timed, after one.")] = "2",
+    with_transformers: Annotated[
+        bool, typer.Option("--with-transformers", help="Time transformers' own prefill too, where it fits.")
+    ] = False,
+) -> None:
+    """A prompt of --ctx random tokens (default 32k on a GPU), read into a context."""
+    from ds_offload.bench.prefill import PrefillSizes, bench_prefill
+    from ds_offload.bench.sizes import parse_count
+    from ds_offload.devices import resolve_device
+
+    device = resolve_device(output.device)
+    tokens = config.max_context
+    assert tokens is None or isinstance(tokens, int)
+    sizes = PrefillSizes(
+        model=DECODE_DEFAULTS[device.type][0] if model is None else model,
+        dtype=dtype,
+        tokens=PREFILL_TOKENS[device.type] if tokens is None else tokens,
+        repeats=parse_count(repeats, "repeats"),
+        with_transformers=with_transformers,
+    )
+
+    def work() -> tuple[list[BenchRow], list[str], dict[str, Any]]:
+        rows, notes, resolved = bench_prefill(device, sizes, config)
+        return rows, notes, dataclasses.asdict(sizes) | {"config": resolved.to_dict()}
+
+    _report("prefill", device, output, work)
+
+
 @kernel_options(
     ctx=("TOKENS", "Tokens in the store.", "64k on a GPU, 4k on a CPU"),
     batch=("N", "Sequences.", "1"),
@@ -238,7 +277,7 @@ def attention(output: Output, sizes: dict[str, str]) -> None:
     _report("attention", device, output, lambda: (*bench_attention(device, asked, samples), _plain(asked, samples)))
 
 
-for _command in (decode, attention, gather, select):
+for _command in (decode, prefill, attention, gather, select):
     _debug = Annotated[bool | None, typer.Option("--debug", help="Show the traceback when something goes wrong.")]
     app.command(name=_command.__name__)(add_options(_command, None, {"debug": _debug}))
 
