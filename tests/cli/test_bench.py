@@ -40,7 +40,7 @@ def check(result: dict[str, Any], name: str, device: str) -> None:
     for row in result["rows"]:
         assert set(row) >= ROW
         assert 0 < row["p20"] <= row["median"] <= row["p80"]
-        assert row["unit"] == ("ms" if name == "decode" else "us")
+        assert row["unit"] == {"decode": "ms", "prefill": "s"}.get(name, "us")
         assert row["ratio"] == pytest.approx(row["median"] / row["limit"])
 
 
