@@ -20,13 +20,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ds_offload.config import OffloadConfig as OffloadConfig
     from ds_offload.errors import InputError as InputError
-    from ds_offload.generator import GenerationOutput as GenerationOutput
+    from ds_offload.generation import GenerationOutput as GenerationOutput
     from ds_offload.generator import OffloadedGenerator as OffloadedGenerator
 
 _EXPORTS = {
     "OffloadConfig": "ds_offload.config",
     "InputError": "ds_offload.errors",
-    "GenerationOutput": "ds_offload.generator",
+    "GenerationOutput": "ds_offload.generation",
     "OffloadedGenerator": "ds_offload.generator",
 }
 

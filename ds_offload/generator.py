@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ds_offload.calibration import Calibration, find_or_make_calibration
 from ds_offload.config import HOT_SETS, OffloadConfig
 from ds_offload.decode import DecodeLoop
 from ds_offload.decoder import DecoderStack
 from ds_offload.errors import InputError
+from ds_offload.generation import GenerationOutput, Sequence
 from ds_offload.kv_context import KVContext
 from ds_offload.loading import LoadedModel
 from ds_offload.memory_check import check_request, settle_config
@@ -23,72 +22,12 @@ from ds_offload.notices import notice
 from ds_offload.planning.request import weight_bytes
 from ds_offload.prefetch.streams import Faults
 from ds_offload.prefill import ProgressCallback, prefill
+from ds_offload.prefill_checkpoint import PrefillCheckpoint, PrefillIdentity
 from ds_offload.preparation import PreparedModel, encode_checked
 from ds_offload.prompts import is_batch
-from ds_offload.sampling import Sampler, SamplingParams
+from ds_offload.sampling import SamplingParams
 from ds_offload.statistics import RunStatistics
 from ds_offload.step_trace import StepTrace
-from ds_offload.text_stream import TextStream
-
-
-@dataclass
-class GenerationOutput:
-    """What came out of one prompt.
-
-    Attributes:
-        text: The answer, special tokens left out, cut before a stop string.
-        token_ids: Every new token, the end token included.
-        prompt_tokens: Tokens of the prompt.
-        finish_reason: "stop" (end token or stop string) or "length".
-        stats: Times, bytes and rates of the whole call; see docs/design.md.
-        logits: `[new tokens, vocab]` float32 on the CPU with `output_logits=True`.
-    """
-
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    finish_reason: str
-    stats: dict[str, Any] = field(default_factory=dict)
-    logits: Tensor | None = None
-
-
-class _Sequence:
-    """One prompt on its way: its tokens, its sampler, its text."""
-
-    def __init__(self, ids: list[int], limit: int, params: SamplingParams, loaded: LoadedModel) -> None:
-        self.prompt = ids
-        self.limit = limit
-        self.tokens: list[int] = []
-        self.logits: list[Tensor] = []
-        self.finish_reason: str | None = None
-        self.stream = TextStream(loaded.tokenizer, tuple(params.stop or ()))
-        self._sampler = Sampler(params, ids, loaded.device)
-        self._ends = loaded.eos_token_ids
-
-    @property
-    def length(self) -> int:
-        """Tokens of the context once the newest token has joined it."""
-        return len(self.prompt) + len(self.tokens)
-
-    def take(self, logits: Tensor, keep_logits: bool) -> str:
-        """Sample the next token from `logits` `[vocab]`; the text that is final now."""
-        token = self._sampler(logits)
-        self.tokens.append(token)
-        if keep_logits:
-            self.logits.append(logits.cpu())
-        piece = self.stream.push(token)
-        if token in self._ends or self.stream.stopped:
-            self.finish_reason = "stop"
-        elif len(self.tokens) >= self.limit:
-            self.finish_reason = "length"
-        return piece if self.finish_reason is None else piece + self.stream.finish()
-
-    def output(self, stats: dict[str, Any]) -> GenerationOutput:
-        assert self.finish_reason is not None
-        logits = torch.stack(self.logits) if self.logits else None
-        return GenerationOutput(
-            self.stream.text, self.tokens, len(self.prompt), self.finish_reason, dict(stats), logits
-        )
 
 
 class OffloadedGenerator:
@@ -178,6 +117,7 @@ class OffloadedGenerator:
         output_logits: bool = False,
         on_progress: ProgressCallback | None = None,
         trace: str | Path | None = None,
+        checkpoint: str | Path | None = None,
         **sampling: Any,
     ) -> Any:
         """Answer one prompt, or each prompt of a batch.
@@ -186,8 +126,10 @@ class OffloadedGenerator:
             prompt: A text (tokenised as it is), a list of messages (through the chat
                 template), a list of token ids, or a list of any of these.
             output_logits: Keep the logits every new token was chosen from.
-            on_progress: Called with (phase, done, total), phase "prefill" or "decode".
+            on_progress: Called with (phase, tokens done, tokens), phase "prefill" or "decode".
             trace: File for a Chrome trace of a few decode steps; see `StepTrace`.
+            checkpoint: Folder where one prompt's prefill is kept while it lasts, and gone on
+                with if it was killed; see `PrefillCheckpoint`.
             **sampling: Fields of `SamplingParams`: `max_new_tokens`, `temperature`
                 (0 is greedy, the default), `top_k`, `top_p`, `min_p`,
                 `repetition_penalty`, `stop`, `seed`.
@@ -196,13 +138,15 @@ class OffloadedGenerator:
             A `GenerationOutput`, or a list of them for a batch.
 
         Raises:
-            InputError: An empty or too long prompt, or a sampling value out of range.
+            InputError: An empty or too long prompt, a sampling value out of range, or a
+                checkpoint that is not this prefill's.
         """
         prompts = list(prompt) if is_batch(prompt) else [prompt]
         sequences = self._sequences(prompts, SamplingParams(**sampling))
+        kept = self._checkpoint(checkpoint, sequences)
         statistics = RunStatistics(self.decoder, self.config)
         with StepTrace(trace, self.decoder.device) as steps:
-            for _ in self._run(sequences, statistics, output_logits, on_progress, steps):
+            for _ in self._run(sequences, statistics, output_logits, on_progress, steps, kept):
                 pass
         outputs = [sequence.output(statistics.summary()) for sequence in sequences]
         return outputs if is_batch(prompt) else outputs[0]
@@ -213,6 +157,7 @@ class OffloadedGenerator:
         *,
         on_progress: ProgressCallback | None = None,
         trace: str | Path | None = None,
+        checkpoint: str | Path | None = None,
         **sampling: Any,
     ) -> Iterator[str]:
         """Answer one prompt piece by piece; `last_output` holds the whole when the iterator ends.
@@ -225,17 +170,24 @@ class OffloadedGenerator:
         if is_batch(prompt):
             raise InputError("stream takes one prompt, and a batch was given; use generate for a batch")
         sequence = self._sequences([prompt], SamplingParams(**sampling))[0]
-        return self._stream(sequence, on_progress, StepTrace(trace, self.decoder.device))
+        kept = self._checkpoint(checkpoint, [sequence])
+        return self._stream(sequence, on_progress, StepTrace(trace, self.decoder.device), kept)
 
-    def _stream(self, sequence: _Sequence, on_progress: ProgressCallback | None, trace: StepTrace) -> Iterator[str]:
+    def _stream(
+        self,
+        sequence: Sequence,
+        on_progress: ProgressCallback | None,
+        trace: StepTrace,
+        kept: PrefillCheckpoint | None,
+    ) -> Iterator[str]:
         statistics = RunStatistics(self.decoder, self.config)
         with trace as steps:
-            for pieces in self._run([sequence], statistics, False, on_progress, steps):
+            for pieces in self._run([sequence], statistics, False, on_progress, steps, kept):
                 if pieces[0]:
                     yield pieces[0]
         self.last_output = sequence.output(statistics.summary())
 
-    def _sequences(self, prompts: list[Any], params: SamplingParams) -> list[_Sequence]:
+    def _sequences(self, prompts: list[Any], params: SamplingParams) -> list[Sequence]:
         if not prompts:
             raise InputError("the batch is empty; give at least one prompt")
         room = self.config.max_context
@@ -246,8 +198,15 @@ class OffloadedGenerator:
             limit = min(params.max_new_tokens, room - len(ids))
             if limit < params.max_new_tokens:
                 notice(f"max_context={room:,} leaves room for {limit:,} new tokens, not {params.max_new_tokens:,}")
-            sequences.append(_Sequence(ids, limit, params, self.loaded))
+            sequences.append(Sequence(ids, limit, params, self.loaded))
         return sequences
+
+    def _checkpoint(self, folder: str | Path | None, sequences: list[Sequence]) -> PrefillCheckpoint | None:
+        if folder is None:
+            return None
+        if len(sequences) > 1:
+            raise InputError(f"a checkpoint is of one prompt, and {len(sequences)} were given; leave checkpoint out")
+        return PrefillCheckpoint(folder, PrefillIdentity.of(sequences[0].prompt, self.loaded.model, self.config))
 
     def _settle(self, lengths: list[int], capacities: list[int]) -> None:
         """Choose the hot set of this call, where the user left it open."""
@@ -263,17 +222,21 @@ class OffloadedGenerator:
     @torch.no_grad()
     def _run(
         self,
-        sequences: list[_Sequence],
+        sequences: list[Sequence],
         statistics: RunStatistics,
         keep_logits: bool,
         on_progress: ProgressCallback | None,
         trace: StepTrace,
+        kept: PrefillCheckpoint | None,
     ) -> Iterator[list[str]]:
         """Prefill every sequence, then decode them together; yields each step's new text per sequence."""
         lengths = [len(sequence.prompt) for sequence in sequences]
         capacities = [len(sequence.prompt) + sequence.limit for sequence in sequences]
         self._settle(lengths, capacities)
         plan = check_request(self.loaded, self.config, lengths, capacities)
+        streamed = plan.prefill_mode == "streamed"
+        if streamed:
+            self._announcements.append("the prompt does not fit the GPU as a whole: its prefill is streamed")
         while self._announcements:
             notice(self._announcements.pop(0))
         if self._calibration is None:
@@ -282,7 +245,8 @@ class OffloadedGenerator:
         with KVContext(self.decoder, self.config, self._calibration, capacities, self._faults) as context:
             pieces = []
             for number, sequence in enumerate(sequences):
-                logits = prefill(self.decoder, context, number, sequence.prompt, on_progress)
+                ids = sequence.prompt
+                logits = prefill(self.decoder, context, number, ids, on_progress, streamed=streamed, checkpoint=kept)
                 pieces.append(sequence.take(logits, keep_logits))
             statistics.prefilled()
             yield pieces

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -148,22 +149,57 @@ class KVContext:
         if self._dense_layers:
             self._dense[sequence].reserve(0, tokens)
 
-    def write_prompt(self, layer: int, sequence: int, rows: Tensor) -> None:
-        """Take a prompt's rows `[Hkv, T, 2, D]` of one layer, made as the hand-over `kv` of that layer.
+    def prepare(self, sequence: int, tokens: int) -> None:
+        """Start making room on the host for `tokens` tokens of `sequence`, all to be reserved before decoding begins.
 
-        `rows` may be overwritten behind the hand-over `prompt_rows` of the layer's parity.
+        Room on the device is made at once: it is zeroed in front of what a prefill hands over.
+        """
+        self.store.prepare(sequence, tokens)
+        if self.hot_set is None:
+            self.store.reserve(sequence, tokens)
+        if self._dense_layers:
+            self._dense[sequence].reserve(0, tokens)
+
+    def has_room(self, sequence: int, tokens: int) -> bool:
+        """Whether `tokens` tokens of `sequence` have their place."""
+        return self.store.has_room(sequence, tokens) and all(
+            dense.has_room(0, tokens) for dense in self._dense[sequence : sequence + 1]
+        )
+
+    def write_prompt(self, layer: int, sequence: int, rows: Tensor, *, start: int, staging: int) -> None:
+        """Take rows `[Hkv, n, 2, D]` of tokens `start` to `start + n`, made as the hand-over `kv` of that layer.
+
+        `rows` may be overwritten behind the hand-over `prompt_rows` of index `staging`.
         """
         if layer in self._dense_layers:
-            self._dense[sequence].write_prompt(layer, 0, 0, rows)
+            self._dense[sequence].write_prompt(layer, 0, start, rows)
             return
         if self.hot_set is not None:
-            self.hot_set.fill_window(layer, sequence, rows)
+            self.hot_set.fill_window(layer, sequence, rows, start)
         streams = self.streams
         with streams.on("writer"):
             streams.wait("kv", layer)
-            with streams.producing("prompt_rows", layer % 2):
-                self.store.write_prompt(layer, sequence, 0, rows)
-                self.labels.write_prompt(layer, sequence, 0, rows[:, :, 0])
+            with streams.producing("prompt_rows", staging):
+                self.store.write_prompt(layer, sequence, start, rows)
+                self._write_labels(layer, sequence, start, rows)
+
+    def read_rows(self, layer: int, sequence: int, start: int, out: Tensor) -> None:
+        """Copy stored rows of tokens `start` to `start + n` to `out` `[Hkv, n, 2, D]`, on the current stream."""
+        store, number = self._store_of(layer, sequence)
+        store.read(layer, number, start, out)
+
+    def row_parts(self, layer: int, sequence: int, stop: int) -> Iterator[Tensor]:
+        """Stored rows of tokens 0 to `stop` where they lie: contiguous `[n, 2, D]`, by KV head, then by token."""
+        store, number = self._store_of(layer, sequence)
+        return store.parts(layer, number, 0, stop)
+
+    def restore_prompt(self, layer: int, sequence: int, rows: Tensor, start: int) -> None:
+        """Make labels and window of tokens whose rows `[Hkv, n, 2, D]` are in the store already."""
+        if layer in self._dense_layers:
+            return
+        if self.hot_set is not None:
+            self.hot_set.fill_window(layer, sequence, rows, start)
+        self._write_labels(layer, sequence, start, rows)
 
     def keep(self, lengths: list[int]) -> list[int]:
         """Candidates that contexts of `lengths` tokens keep at most."""
@@ -232,6 +268,13 @@ class KVContext:
     def kept_tokens(self, length: int) -> int:
         """Tokens a KV head attends to at most in a context of `length` tokens."""
         return self.window.forced(length) + self._keep(length)
+
+    def _store_of(self, layer: int, sequence: int) -> tuple[KVStore, int]:
+        """The store that has a layer's rows, and the sequence's number in it."""
+        return (self._dense[sequence], 0) if layer in self._dense_layers else (self.store, sequence)
+
+    def _write_labels(self, layer: int, sequence: int, start: int, rows: Tensor) -> None:
+        self.labels.write_prompt(layer, sequence, start, rows[:, :, 0], self.store.dtype)
 
     def _keep(self, length: int) -> int:
         return self.window.selected(self._budget.tokens(length), length)

@@ -68,7 +68,7 @@ def check_memory(
     """
     limits = memory_limits(config, device, loaded)
     request = settle(_request(source, config, device, prompts, capacities), limits)
-    plan = request.plan()
+    plan = request.plan(limits.gpu)
     short = limits.shortage(plan)
     if short is not None:
         raise MemoryPlanError(_line(f"{sum(capacities):,} tokens", short, _remedy(request, limits)))

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ds_offload.decoder import DecoderStack
+from ds_offload.decoder import DecoderStack, Rope
+from ds_offload.hidden_states import HiddenStates
 from ds_offload.kv_context import KVContext
-from ds_offload.memory.plan import CHUNK_BYTES, chunk_tokens
-
-ProgressCallback = Callable[[str, int, int], None]
+from ds_offload.memory.workspace import WRITTEN_SEGMENTS, chunk_tokens, piece_tokens
+from ds_offload.prefill_attention import causal_attention_, piece_attention_
+from ds_offload.prefill_checkpoint import PrefillCheckpoint
+from ds_offload.prefill_pace import Pace
+from ds_offload.prefill_pace import ProgressCallback as ProgressCallback
+from ds_offload.stored_blocks import StoredBlocks
 
 
 def prefill(
@@ -24,82 +24,159 @@ def prefill(
     sequence: int,
     ids: list[int],
     on_progress: ProgressCallback | None = None,
+    *,
+    start: int = 0,
+    streamed: bool = False,
+    checkpoint: PrefillCheckpoint | None = None,
 ) -> Tensor:
-    """Run a prompt through all layers and leave its K/V, labels and window in `context`.
+    """Run tokens through all layers and leave their K/V, labels and window in `context`.
 
-    On the device the prompt's hidden states, its queries and two layers' K/V grow with
-    the prompt; nothing grows with the number of layers, and nothing is T x T.
+    A prompt goes through a layer as a whole: its hidden states, its queries and two layers'
+    K/V are on the device. Where it is streamed, or continues a sequence, it goes through
+    the layer in pieces, whose queries attend to the tokens before them as the store has
+    them. Nothing on the device grows with the number of layers, and nothing is T x T.
 
     Args:
         sequence: Which of the context's sequences this is.
-        ids: Token ids of the prompt, at least one.
-        on_progress: Called with ("prefill", layers done, layers) after each layer.
+        ids: Token ids to add, at least one.
+        on_progress: Called with ("prefill", tokens done, tokens): the work done so far, as
+            a share of `ids`.
+        start: Tokens of the sequence whose K/V are in the store already, from an earlier
+            prefill or from decode steps. With a RoPE whose frequencies depend on the length,
+            theirs were turned by those of the shorter sequence, as transformers' cache does.
+        streamed: Keep the hidden states on the host, and only one piece on the device.
+        checkpoint: Where finished layers are kept, and taken up from; it is deleted at the end.
 
     Returns:
-        Logits `[vocab]` float32 of the prompt's last token.
+        Logits `[vocab]` float32 of the last token.
+
+    Raises:
+        ValueError: No ids, a negative start, or a checkpoint of a sequence that is continued.
     """
-    length = len(ids)
-    context.reserve(sequence, length)
-    device = decoder.device
-    tokens = torch.tensor(ids, dtype=torch.int64, device=device)
-    rope = decoder.rotary(torch.arange(length, device=device))
-    hidden = decoder.embed(tokens)
-    queries = torch.empty(length, decoder.heads, decoder.head_dim, dtype=hidden.dtype, device=device)
-    # Two layers' K/V: one leaves while the next is made.
-    staging = [
-        torch.empty(decoder.kv_heads, length, 2, decoder.head_dim, dtype=hidden.dtype, device=device) for _ in range(2)
-    ]
-    step = chunk_tokens(decoder.hidden_size, decoder.intermediate_size, decoder.dtype.itemsize)
-    chunks = [slice(start, min(start + step, length)) for start in range(0, length, step)]
-    for layer in range(decoder.layers):
-        rows = staging[layer % 2]
-        context.streams.wait("prompt_rows", layer % 2)
+    if not ids or start < 0 or (start and checkpoint is not None):
+        raise ValueError(
+            f"{len(ids)} ids, start={start}, checkpoint={checkpoint}; a prefill takes at least one id, "
+            "a start of at least 0, and a checkpoint only from the first token on"
+        )
+    context.prepare(sequence, start + len(ids))
+    # Behind whatever wrote rows, labels or window before.
+    context.streams.join()
+    with HiddenStates(decoder, len(ids), streamed) as states:
+        done = checkpoint.resume(context, sequence, states.whole) if checkpoint is not None else 0
+        pace = Pace(decoder, len(ids), start, done, on_progress)
+        work = _Prefill(decoder, context, sequence, ids, start, streamed, states, pace)
+        if not done:
+            work.embed()
+        for layer in range(done, decoder.layers):
+            work.run(layer)
+            if checkpoint is not None and layer + 1 < decoder.layers and checkpoint.due():
+                work.write()
+                pace.drain()
+                checkpoint.save(context, sequence, states.whole, layer + 1)
+            pace.finish_layer()
+        work.write()
+        for staging in range(2):
+            context.streams.wait("prompt_rows", staging)
+        logits = decoder.logits(states.load(slice(-1, None)))[0]
+        pace.finish()
+    if checkpoint is not None:
+        checkpoint.delete()
+    return logits
+
+
+class _Prefill:
+    """Buffers of one prefill, and one layer's way through them."""
+
+    def __init__(
+        self,
+        decoder: DecoderStack,
+        context: KVContext,
+        sequence: int,
+        ids: list[int],
+        start: int,
+        streamed: bool,
+        states: HiddenStates,
+        pace: Pace,
+    ) -> None:
+        self._decoder, self._context, self._sequence = decoder, context, sequence
+        self._ids, self._start, self._states, self._pace = ids, start, states, pace
+        length, device = len(ids), decoder.device
+        size = min(length, piece_tokens(decoder.heads, decoder.head_dim)) if streamed or start else length
+        self._pieces = [slice(first, min(first + size, length)) for first in range(0, length, size)]
+        self._step = chunk_tokens(decoder.hidden_size, decoder.intermediate_size, decoder.dtype.itemsize)
+        heads: dict[str, Any] = {"dtype": decoder.dtype, "device": device}
+        self._queries = torch.empty(size, decoder.heads, decoder.head_dim, **heads)
+        # K/V of two pieces, or of one in two layers: one leaves while the next is made.
+        self._staging = [torch.empty(decoder.kv_heads, size, 2, decoder.head_dim, **heads) for _ in range(2)]
+        self._turn = 0
+        self._unwritten: list[tuple[int, int, Tensor, int]] = []
+        most = start + self._pieces[-1].start
+        self._stored = StoredBlocks(decoder, context, sequence, most) if most else None
+        # The same in every layer where there is one piece; else made for each.
+        self._rope = self._turned(self._pieces[0]) if len(self._pieces) == 1 else None
+
+    def embed(self) -> None:
+        """Fill the hidden states with the tokens' embeddings."""
+        for first in range(0, len(self._ids), self._step):
+            chunk = slice(first, min(first + self._step, len(self._ids)))
+            tokens = torch.tensor(self._ids[chunk], dtype=torch.int64, device=self._decoder.device)
+            self._states.save(chunk, self._decoder.embed(tokens))
+
+    def run(self, layer: int) -> None:
+        """Put all hidden states through one layer."""
+        for piece in self._pieces:
+            hidden = self._states.load(piece)
+            self._run(layer, piece, hidden)
+            self._states.save(piece, hidden)
+
+    def _run(self, layer: int, piece: slice, hidden: Tensor) -> None:
+        decoder, context, pace = self._decoder, self._context, self._pace
+        length, first = len(hidden), self._start + piece.start
+        queries, rows = self._queries[:length], self._staging[self._turn][:, :length]
+        chunks = [slice(begin, min(begin + self._step, length)) for begin in range(0, length, self._step)]
+        cos, sin = self._rope or self._turned(piece)
+        if any(staging == self._turn for *_, staging in self._unwritten):
+            self.write()
+        context.streams.wait("prompt_rows", self._turn)
         with context.streams.producing("kv", layer):
             for chunk in chunks:
-                query, key, value = decoder.project_qkv(layer, hidden[chunk], (rope[0][chunk], rope[1][chunk]))
+                query, key, value = decoder.project_qkv(layer, hidden[chunk], (cos[chunk], sin[chunk]))
                 queries[chunk] = query
                 rows[:, chunk, 0] = key.transpose(0, 1)
                 rows[:, chunk, 1] = value.transpose(0, 1)
-        context.write_prompt(layer, sequence, rows)
-        causal_attention_(queries, rows, decoder.scaling)
+        self._unwritten.append((layer, first, rows, self._turn))
+        # While segments are still being pinned, the device gets as much as it can do without them.
+        if context.has_room(self._sequence, first + length):
+            self.write()
+        if first:
+            assert self._stored is not None
+            earlier = self._stored.layer(layer, first, 1 - self._turn)
+            piece_attention_(queries, rows, earlier, decoder.scaling, pace.attended)
+        else:
+            causal_attention_(queries, rows, decoder.scaling, pace.attended)
         for chunk in chunks:
             hidden[chunk] = decoder.finish_layer(layer, hidden[chunk], queries[chunk].flatten(1))
-        if on_progress is not None:
-            _finish(device)
-            on_progress("prefill", layer + 1, decoder.layers)
-    for parity in range(2):
-        context.streams.wait("prompt_rows", parity)
-    return decoder.logits(hidden[-1:])[0]
+            pace.projected(chunk.stop - chunk.start)
+        if len(self._pieces) > 1:
+            # The next piece reads these rows back.
+            self.write()
+        self._turn = 1 - self._turn
 
+    def write(self) -> None:
+        """Hand all rows that have not left yet to the writer, as soon as there is room for them."""
+        context = self._context
+        step = WRITTEN_SEGMENTS * context.store.table.segment_tokens
+        for layer, first, rows, staging in self._unwritten:
+            for begin in range(0, rows.shape[1], step):
+                part = rows[:, begin : begin + step]
+                context.reserve(self._sequence, first + begin + part.shape[1])
+                context.write_prompt(layer, self._sequence, part, start=first + begin, staging=staging)
+        self._unwritten.clear()
 
-def causal_attention_(queries: Tensor, rows: Tensor, scaling: float) -> None:
-    """Exact causal attention of a whole prompt; the result takes the queries' place.
-
-    Args:
-        queries: `[T, H, D]`; overwritten with the attention output.
-        rows: K and V `[Hkv, T, 2, D]`.
-    """
-    length, heads, head_dim = queries.shape
-    kv_heads = rows.shape[0]
-    grouped = queries.view(length, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
-    block = max(1, CHUNK_BYTES // (heads // kv_heads * length * head_dim * queries.element_size()))
-    for first in range(0, kv_heads, block):
-        part = slice(first, first + block)
-        query = grouped[part]
-        key = rows[part, None, :, 0].expand(-1, query.shape[1], -1, -1)
-        value = rows[part, None, :, 1].expand(-1, query.shape[1], -1, -1)
-        with _never_quadratic(queries.device):
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-        grouped[part] = out
-
-
-def _never_quadratic(device: torch.device) -> Any:
-    """On CUDA, kernels whose memory is linear in T, or an error; never the T x T one."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+    def _turned(self, piece: slice) -> Rope:
+        """RoPE of a piece; its frequencies are those of the whole sequence where they depend on the length."""
+        length = self._start + len(self._ids)
+        positions = torch.arange(self._start + piece.start, self._start + piece.stop, device=self._decoder.device)
+        last = torch.tensor([length - 1], device=positions.device)
+        cos, sin = self._decoder.rotary(torch.cat((positions, last)))
+        return cos[:-1], sin[:-1]

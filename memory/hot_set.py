@@ -73,17 +73,21 @@ class HotSet:
             for state in self._state.values():
                 state.clear()
 
-    def fill_window(self, layer: int, sequence: int, rows: Tensor) -> None:
-        """Take sinks and recent window from a prompt's rows `[Hkv, T, 2, D]`."""
-        length = rows.shape[1]
+    def fill_window(self, layer: int, sequence: int, rows: Tensor, start: int = 0) -> None:
+        """Take sinks and recent window from rows `[Hkv, n, 2, D]` of tokens `start` to `start + n`.
+
+        These are the newest tokens of the sequence; the window of those before is there already.
+        """
+        length = start + rows.shape[1]
         sinks, ring = self._window.sinks, self._window.ring
         target = self._rows[layer][sequence]
         kept = min(sinks, length)
-        target[:, :kept] = rows[:, :kept]
-        first = max(sinks, length - ring)
+        if start < kept:
+            target[:, start:kept] = rows[:, : kept - start]
+        first = max(sinks, length - ring, start)
         if first < length:
             slots = sinks + torch.arange(first, length, device=rows.device) % ring
-            target[:, slots] = rows[:, first:].to(target.dtype)
+            target[:, slots] = rows[:, first - start :].to(target.dtype)
 
     def admit(
         self,

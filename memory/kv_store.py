@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class KVStore:
         self._pool = pool
         self._shape = (len(self._index), kv_heads, segment_tokens, 2, head_dim)
         self._capacity = [0] * sequences
+        self._ahead = 0
         most = -(-max_tokens // segment_tokens)
         self._addresses = torch.zeros(sequences, most, dtype=torch.int64, device=device)
         self.table = SegmentTable([[] for _ in range(sequences)], self._addresses, segment_tokens)
@@ -67,6 +69,32 @@ class KVStore:
     def nbytes(self) -> int:
         """Bytes of all segments."""
         return sum(segment.nbytes for segments in self.table.tensors for segment in segments)
+
+    @property
+    def _segment_bytes(self) -> int:
+        return math.prod(self._shape) * self.dtype.itemsize
+
+    @property
+    def _grain(self) -> int:
+        """Bytes of one head's rows of a segment: no copy crosses them."""
+        return math.prod(self._shape[2:]) * self.dtype.itemsize
+
+    def has_room(self, sequence: int, tokens: int) -> bool:
+        """Whether `tokens` tokens of `sequence` need no further segment."""
+        return not self._index or self._capacity[sequence] >= tokens
+
+    def prepare(self, sequence: int, tokens: int) -> None:
+        """Start making the segments that `reserve` will want for `tokens` tokens, on a background thread.
+
+        All of them must be reserved before a CUDA graph is captured. With the store on the
+        device nothing happens.
+        """
+        if self._pool is None or not self._index:
+            return
+        missing = -(-max(0, tokens - self._capacity[sequence]) // self.table.segment_tokens) - self._ahead
+        if missing > 0:
+            self._pool.prepare(self._segment_bytes, blocks=missing, grain=self._grain)
+            self._ahead += missing
 
     def reserve(self, sequence: int, tokens: int) -> None:
         """Grow `sequence` to hold `tokens` tokens.
@@ -89,21 +117,44 @@ class KVStore:
 
         `rows` must stay unchanged until the stream has run the copies.
         """
-        size = self.table.segment_tokens
-        end = start + rows.shape[1]
         rows = rows.to(self.dtype)
-        for number in range(start // size, -(-end // size)):
-            first, last = max(start, number * size), min(end, (number + 1) * size)
-            target = self.table.tensors[sequence][number][
-                self._index[layer], :, first - number * size : last - number * size
-            ]
-            source = rows[:, first - start : last - start]
+        begin = 0
+        for number, first, last in self._spans(start, start + rows.shape[1]):
+            target = self.table.tensors[sequence][number][self._index[layer], :, first:last]
+            source = rows[:, begin : begin + last - first]
+            begin += last - first
             if self._pool is None or rows.device.type == "cpu":
                 target.copy_(source)
             else:
                 # One contiguous copy a head: a strided one would be staged on the host.
                 for to, of in zip(target, source, strict=True):
                     to.copy_(of, non_blocking=True)
+
+    def prompt_shape(self, tokens: int) -> tuple[int, int, int, int]:
+        """`[Hkv, T, 2, D]` of a layer's rows of T tokens."""
+        return (self._shape[1], tokens, *self._shape[3:])
+
+    def parts(self, layer: int, sequence: int, start: int, stop: int) -> Iterator[Tensor]:
+        """Rows of tokens `start` to `stop` where they lie: contiguous `[n, 2, D]`, by KV head, then by token."""
+        for head in range(self._shape[1]):
+            for number, first, last in self._spans(start, stop):
+                yield self.table.tensors[sequence][number][self._index[layer], head, first:last]
+
+    def read(self, layer: int, sequence: int, start: int, out: Tensor) -> None:
+        """Copy rows of tokens `start` to `start + n` to `out` `[Hkv, n, 2, D]` of the store's dtype.
+
+        The copies run on the current stream; one a head and segment, so that none waits for the host.
+        """
+        begin = 0
+        for number, first, last in self._spans(start, start + out.shape[1]):
+            rows = self.table.tensors[sequence][number][self._index[layer], :, first:last]
+            target = out[:, begin : begin + last - first]
+            if self._pool is None or out.device.type == "cpu":
+                target.copy_(rows)
+            else:
+                for to, of in zip(target, rows, strict=True):
+                    to.copy_(of, non_blocking=True)
+            begin += last - first
 
     def append(self, positions: Tensor, rows: Tensor, layer: int | None = None) -> None:
         """Store tokens at `positions` `[B]` int64, on the current stream.
@@ -133,10 +184,16 @@ class KVStore:
         """All rows `[Hkv, length, 2, D]` of a sequence that lies in one segment, without a copy."""
         return self.table.tensors[sequence][0][self._index[layer], :, :length]
 
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Where tokens `start` to `stop` lie: a segment's number, and the first and last of its rows."""
+        size = self.table.segment_tokens
+        for number in range(start // size, -(-stop // size)):
+            base = number * size
+            yield number, max(start, base) - base, min(stop, base + size) - base
+
     def _allocate(self) -> Tensor:
         if self._pool is None:
             return torch.zeros(self._shape, dtype=self.dtype, device=self.device)
-        count = 1
-        for size in self._shape:
-            count *= size
-        return self._pool.allocate(count * self.dtype.itemsize).view(self.dtype).view(self._shape)
+        block = self._pool.allocate(self._segment_bytes, grain=self._grain)
+        self._ahead = max(0, self._ahead - 1)
+        return block.view(self.dtype).view(self._shape)

@@ -51,14 +51,21 @@ class LabelCache:
         """Bytes of all labels."""
         return self.rows.nbytes
 
-    def write_prompt(self, layer: int, sequence: int, start: int, keys: Tensor) -> None:
-        """Encode keys `[Hkv, n, D]` as the labels of tokens `start` to `start + n` of `sequence`."""
+    def write_prompt(
+        self, layer: int, sequence: int, start: int, keys: Tensor, stored_as: torch.dtype | None = None
+    ) -> None:
+        """Encode keys `[Hkv, n, D]` as the labels of tokens `start` to `start + n` of `sequence`.
+
+        Args:
+            stored_as: Round the keys to this dtype first, so that the labels can be made again from stored rows.
+        """
         first = self._offsets[sequence] + start
         channels = self._channels[layer][:, None].expand(-1, keys.shape[1], -1)
         mean = self._mean[layer][:, None]
         for begin in range(0, keys.shape[1], _PROMPT_CHUNK):
             chunk = slice(begin, min(begin + _PROMPT_CHUNK, keys.shape[1]))
-            kept = keys[:, chunk].gather(-1, channels[:, chunk]).float() - mean
+            kept = keys[:, chunk].gather(-1, channels[:, chunk])
+            kept = kept.to(stored_as or kept.dtype).float() - mean
             encode_labels(kept, self.layout, out=self.rows[layer, :, first + chunk.start : first + chunk.stop])
 
     def layer(self, layer: int) -> LabelRows:

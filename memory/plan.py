@@ -11,9 +11,14 @@ import torch
 from ds_offload.kernels.admit_state import AdmitState
 from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.memory.window import AttentionWindow
-from ds_offload.memory.workspace import CHUNK_BYTES as CHUNK_BYTES
-from ds_offload.memory.workspace import chunk_tokens as chunk_tokens
-from ds_offload.memory.workspace import decode_bytes, prefill_bytes
+from ds_offload.memory.workspace import (
+    PrefillMode,
+    decode_bytes,
+    hidden_state_bytes,
+    prefill_bytes,
+    prefill_mode,
+    streamed_prefill_bytes,
+)
 
 # The CUDA context, its libraries' workspaces and the allocator's rounding.
 CUDA_RESERVE_BYTES = 768 * 2**20
@@ -102,9 +107,12 @@ class MemoryPlan:
         buffers: The new token's rows, dense layers' K/V and, with `kv_location="gpu"`,
             the store.
         prefill: Workspace of the longest prompt: hidden states, queries, two layers' K/V, RoPE, chunks.
+            With a streamed prefill that of one piece of it.
         decode: Workspace of a step: scores and selections in flight, attention, logits.
         reserve: CUDA context and allocator; 0 on a CPU.
         host_kv: The store on the host.
+        prefill_mode: Whether the prompt is on the device as a whole, or streamed.
+        host_states: The prompt's hidden states on the host, while a streamed prefill lasts.
     """
 
     weights: int
@@ -115,6 +123,8 @@ class MemoryPlan:
     decode: int
     reserve: int
     host_kv: int
+    prefill_mode: PrefillMode = "whole"
+    host_states: int = 0
 
     @property
     def gpu_tensors(self) -> int:
@@ -127,8 +137,13 @@ class MemoryPlan:
         return self.gpu_tensors + self.reserve
 
 
-def plan_memory(shape: CacheShape, weights: int) -> MemoryPlan:
-    """Add up what a run of `shape` takes, given the bytes of the weights."""
+def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None) -> MemoryPlan:
+    """Add up what a run of `shape` takes, given the bytes of the weights.
+
+    Args:
+        gpu: Bytes of the device that may be taken: where a prompt's workspace does not
+            fit them, its prefill is streamed. None plans without a limit.
+    """
     offloaded = shape.layers - shape.dense_layers
     tokens = sum(shape.capacities)
     segments = sum(-(-capacity // shape.segment_tokens) for capacity in shape.capacities)
@@ -137,18 +152,24 @@ def plan_memory(shape: CacheShape, weights: int) -> MemoryPlan:
         # A block of host memory is whole pages.
         segment = -(-segment // mmap.PAGESIZE) * mmap.PAGESIZE
     slots = shape.window.forced_slots + shape.hot_slots
-    hot_set = offloaded * (shape.rows * slots * shape.row_bytes + _admit_bytes(shape))
+    hot_set = 0 if shape.kv_on_device else offloaded * (shape.rows * slots * shape.row_bytes + _admit_bytes(shape))
     buffers = shape.layers * shape.rows * shape.row_bytes
     buffers += shape.dense_layers * tokens * shape.kv_heads * shape.row_bytes
+    buffers += segments * segment if shape.kv_on_device else 0
+    labels = shape.layers * shape.kv_heads * tokens * shape.labels.row_bytes
+    reserve = CUDA_RESERVE_BYTES if shape.cuda else 0
+    mode = prefill_mode(shape, None if gpu is None else gpu - weights - labels - hot_set - buffers - reserve)
     return MemoryPlan(
         weights=weights,
-        labels=shape.layers * shape.kv_heads * tokens * shape.labels.row_bytes,
-        hot_set=0 if shape.kv_on_device else hot_set,
-        buffers=buffers + (segments * segment if shape.kv_on_device else 0),
-        prefill=prefill_bytes(shape),
+        labels=labels,
+        hot_set=hot_set,
+        buffers=buffers,
+        prefill=prefill_bytes(shape) if mode == "whole" else streamed_prefill_bytes(shape),
         decode=decode_bytes(shape),
-        reserve=CUDA_RESERVE_BYTES if shape.cuda else 0,
+        reserve=reserve,
         host_kv=0 if shape.kv_on_device else segments * segment,
+        prefill_mode=mode,
+        host_states=hidden_state_bytes(shape) if mode == "streamed" and shape.cuda else 0,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ds_offload.kernels.label_scores import REFERENCE_BLOCK
 from ds_offload.kernels.label_scores_launch import scores_launch
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 # Workspace of one chunk of tokens in norms and MLP, and of one block of heads in attention.
 CHUNK_BYTES = 256 * 2**20
+# One of the two buffers through which a streamed prefill reads stored K/V back.
+STREAM_BYTES = 64 * 2**20
+# Segments of a prompt's rows that are handed to the writer at a time.
+WRITTEN_SEGMENTS = 16
 # Tokens whose labels are encoded at a time (`LabelCache.write_prompt`).
 _LABEL_TOKENS = 4096
 # Weights, expert numbers and permutations of a token's expert: a dozen numbers of up to 8 bytes.
@@ -26,22 +30,79 @@ def chunk_tokens(hidden_size: int, intermediate_size: int, itemsize: int) -> int
     return max(256, CHUNK_BYTES // per_token // 64 * 64)
 
 
+PrefillMode = Literal["whole", "streamed"]
+
+
+def piece_tokens(heads: int, head_dim: int) -> int:
+    """Prompt tokens of one piece: the float32 sums of their attention stay within `CHUNK_BYTES`."""
+    return max(256, CHUNK_BYTES // (4 * heads * head_dim) // 64 * 64)
+
+
+def stream_tokens(kv_heads: int, row_bytes: int) -> int:
+    """Stored tokens that a piece attends to at a time: their rows fill a buffer of `STREAM_BYTES`."""
+    return max(256, STREAM_BYTES // (kv_heads * row_bytes) // 64 * 64)
+
+
+def prefill_mode(shape: CacheShape, room: int | None) -> PrefillMode:
+    """How prompts are read with `room` bytes of workspace on the device, None for no limit.
+
+    "whole" keeps all tokens' hidden states, queries and two layers' K/V on the device;
+    "streamed" keeps them for one piece of the prompt, and reads the K/V of the tokens
+    before it back from the store. Whole where it fits, and where streaming takes no less.
+    """
+    whole = prefill_bytes(shape)
+    return "streamed" if room is not None and room < whole and streamed_prefill_bytes(shape) < whole else "whole"
+
+
 def prefill_bytes(shape: CacheShape) -> int:
-    """Workspace of the longest prompt, as `prefill` (ds_offload/prefill.py) takes it."""
+    """Workspace of the longest prompt, as `prefill` (ds_offload/prefill.py) takes it with the whole on the device."""
     prompt, itemsize = max(shape.prompts), shape.dtype.itemsize
-    per_token = shape.hidden_size + shape.heads * shape.head_dim + 4 * shape.kv_heads * shape.head_dim
-    per_token += 2 * shape.head_dim
-    # Token ids are numbers of 8 bytes.
-    kept = prompt * (per_token * itemsize + 8)
-    chunk = min(prompt, chunk_tokens(shape.hidden_size, shape.intermediate_size, itemsize))
     group = prompt * shape.heads // shape.kv_heads * shape.head_dim * itemsize
     attention = min(prompt * shape.heads * shape.head_dim * itemsize, max(CHUNK_BYTES, group))
-    # The writer's, while the next layer computes: float32 copies of keys on the way to labels, or
-    # a layer's rows in the store's dtype.
-    writer = 8 * min(prompt, _LABEL_TOKENS) * shape.kv_heads * shape.labels.channels
+    return _kept_bytes(shape, prompt) + max(_chunk_bytes(shape, prompt), attention) + _writer_bytes(shape, prompt)
+
+
+def streamed_prefill_bytes(shape: CacheShape) -> int:
+    """The same of a streamed prefill: a piece of the prompt and two buffers of stored rows, whatever its length."""
+    prompt, itemsize = max(shape.prompts), shape.dtype.itemsize
+    piece = min(prompt, piece_tokens(shape.heads, shape.head_dim))
+    block = min(prompt, stream_tokens(shape.kv_heads, shape.row_bytes)) * shape.kv_heads
+    # Sums of the attention so far, a part of it, and the same as float32; a log-sum-exp of each, and the weights.
+    attention = piece * shape.heads * (shape.head_dim * (8 + itemsize) + 16)
     if shape.dtype != shape.kv_dtype:
-        writer = max(writer, prompt * shape.kv_heads * shape.row_bytes)
-    return kept + max(_layer_bytes(shape, chunk), attention) + writer
+        attention += block * 2 * shape.head_dim * itemsize
+    workspace = max(_chunk_bytes(shape, piece), attention)
+    return _kept_bytes(shape, piece) + 2 * block * shape.row_bytes + workspace + _writer_bytes(shape, piece)
+
+
+def hidden_state_bytes(shape: CacheShape) -> int:
+    """Hidden states of the longest prompt, which a streamed prefill on CUDA keeps on the host."""
+    return max(shape.prompts) * shape.hidden_size * shape.dtype.itemsize
+
+
+def _kept_bytes(shape: CacheShape, tokens: int) -> int:
+    """Hidden states, queries, two layers' K/V, RoPE and token ids, numbers of 8 bytes, of `tokens` tokens."""
+    per_token = shape.hidden_size + shape.heads * shape.head_dim + 4 * shape.kv_heads * shape.head_dim
+    per_token += 2 * shape.head_dim
+    return tokens * (per_token * shape.dtype.itemsize + 8)
+
+
+def _chunk_bytes(shape: CacheShape, tokens: int) -> int:
+    """Norms, projections or MLP of one chunk of `tokens` tokens."""
+    chunk = chunk_tokens(shape.hidden_size, shape.intermediate_size, shape.dtype.itemsize)
+    return _layer_bytes(shape, min(tokens, chunk))
+
+
+def _writer_bytes(shape: CacheShape, tokens: int) -> int:
+    """What the writer takes while the next layer computes.
+
+    Float32 copies of keys on the way to labels, or rows in the store's dtype.
+    """
+    labels = 8 * min(tokens, _LABEL_TOKENS) * shape.kv_heads * shape.labels.channels
+    if shape.dtype == shape.kv_dtype:
+        return labels
+    written = min(tokens, WRITTEN_SEGMENTS * shape.segment_tokens)
+    return max(labels, written * shape.kv_heads * shape.row_bytes)
 
 
 def decode_bytes(shape: CacheShape) -> int:

@@ -43,6 +43,9 @@ class Streams:
     - `kv`: a prompt layer's K/V; made on compute, read by the writer.
     - `prompt_rows`: a prompt layer's rows in the store; made by the writer, waited for
       before the staging buffer is filled again and before decoding.
+    - `stored`: a block of rows read back from the store; made on prefetch, attended to on compute.
+    - `attended`: the same block's attention; made on compute, waited for before the
+      prefetch stream fills the buffer again.
 
     A step begins behind everything the step before gave to any stream (`join`), so
     nothing else is handed over from step to step.

@@ -213,7 +213,7 @@ def test_progress_is_reported(llama: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     with make(llama) as gen:
         gen.generate(random_prompts(20)[0], max_new_tokens=4, on_progress=lambda *event: seen.append(event))
-    assert [event for event in seen if event[0] == "prefill"] == [("prefill", n, 3) for n in (1, 2, 3)]
+    assert [event for event in seen if event[0] == "prefill"] == [("prefill", n, 20) for n in (0, 6, 13, 20)]
     assert [event for event in seen if event[0] == "decode"] == [("decode", n, 4) for n in (2, 3, 4)]
 
 

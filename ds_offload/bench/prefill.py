@@ -162,7 +162,7 @@ def _row(
             if cuda:
                 torch.cuda.reset_peak_memory_stats(loaded.device)
             started = _now(loaded.device)
-            prefill(decoder, context, 0, ids.tolist())
+            prefill(decoder, context, 0, ids.tolist(), streamed=plan.prefill_mode == "streamed")
             samples.append(_now(loaded.device) - started)
     peak = torch.cuda.max_memory_allocated(loaded.device) if cuda else 0
     timing = Timing.of(samples[1:])

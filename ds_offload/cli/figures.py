@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ds_offload.generator import GenerationOutput
+    from ds_offload.generation import GenerationOutput
 
 
 def bytes_text(count: float) -> str:

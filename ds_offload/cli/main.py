@@ -12,6 +12,7 @@ import typer
 
 import ds_offload
 from ds_offload.cli import bench
+from ds_offload.cli import eval as evaluation
 from ds_offload.cli.calibrate import calibrate
 from ds_offload.cli.doctor import doctor
 from ds_offload.cli.option_groups import add_options
@@ -61,6 +62,7 @@ _register(calibrate)
 _register(plan)
 _register(doctor)
 app.add_typer(bench.app, name="bench")
+app.add_typer(evaluation.app, name="eval")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

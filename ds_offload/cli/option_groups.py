@@ -140,6 +140,17 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
     return add_options(command, "model", _MODEL, build)
 
 
+# The folder of a prefill that may be killed, for commands that answer one prompt.
+CheckpointOption = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="FOLDER",
+        help="Keep the prefill there while it lasts, and go on with what was kept if it was killed. Default: off.",
+    ),
+]
+
+
 _SAMPLING: dict[str, tuple[Any, str, str, str]] = {
     # name: (type of the field, metavar, help, default as the help says it)
     "max_new_tokens": (str, "TOKENS", "Most tokens of the answer.", "256"),

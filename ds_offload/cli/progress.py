@@ -12,7 +12,7 @@ from ds_offload.notices import notice
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-UNITS = {"prefill": "layers", "decode": "tokens", "calibrate": "steps"}
+UNITS = {"prefill": "tokens", "decode": "tokens", "calibrate": "steps"}
 LINE_EVERY_S = 5.0
 
 
@@ -67,7 +67,7 @@ class ProgressReport:
         self._done = done
         rate = (done - self._first) / (now - self._started) if now > self._started else 0.0
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, rate=f"{rate:.3g}/s" if rate else "")
+            self._bar.update(self._task, completed=done, total=total, rate=f"{rate_text(rate)}/s" if rate else "")
             if done >= total:
                 self.close()
         elif not self._terminal and now - self._said >= self._every_s:
@@ -76,12 +76,12 @@ class ProgressReport:
 
     def _open_bar(self, phase: str, done: int, total: int) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
+            TextColumn("{task.completed:,}/{task.total:,}"),
             TextColumn(UNITS[phase]),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
@@ -94,9 +94,24 @@ class ProgressReport:
 
 
 def describe(phase: str, done: int, total: int, rate: float) -> str:
-    """One line: "prefill 12/30 layers (40 %), 2.1 layers/s, 9 s left"."""
+    """One line: "prefill 52,428/131,072 tokens (40 %), 8,140 tokens/s, 9 s left"."""
     unit = UNITS[phase]
     line = f"{phase} {done:,}/{total:,} {unit} ({100 * done // max(total, 1)} %)"
     if rate > 0:
-        line += f", {rate:.3g} {unit}/s, {(total - done) / rate:.0f} s left"
+        line += f", {rate_text(rate)} {unit}/s, {duration_text((total - done) / rate)} left"
     return line
+
+
+def rate_text(rate: float) -> str:
+    """A rate in three digits: 0.123, 1.23, 123 or 12,300."""
+    return f"{rate:.3g}" if rate < 1000 else f"{float(f'{rate:.3g}'):,.0f}"
+
+
+def duration_text(seconds: float) -> str:
+    """A time to come: "9 s", "3 min 20 s", "1 h 4 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

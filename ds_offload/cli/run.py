@@ -12,7 +12,7 @@ import typer
 
 from ds_offload.cli.config_options import config_options
 from ds_offload.cli.figures import figures_line
-from ds_offload.cli.option_groups import ModelOptions, model_options, sampling_options
+from ds_offload.cli.option_groups import CheckpointOption, ModelOptions, model_options, sampling_options
 from ds_offload.cli.progress import ProgressReport
 from ds_offload.cli.text_source import read_prompt
 from ds_offload.config import OffloadConfig
@@ -45,6 +45,7 @@ def run(
     trace: Annotated[
         str | None, typer.Option("--trace", metavar="FILE", help="Write a Chrome trace of a few decode steps.")
     ] = None,
+    checkpoint: CheckpointOption = None,
 ) -> None:
     """Answer a prompt. The prompt comes from --prompt, --prompt-file or a pipe."""
     text = read_prompt(prompt, prompt_file)
@@ -67,7 +68,7 @@ def run(
         raise InputError("--stop needs a tokenizer, and this model's folder has none; leave --stop out")
     prepared.check_answer(ids, longest)
     with OffloadedGenerator.from_prepared(prepared) as generator:
-        answer(generator, ids, sampling, as_json, trace)
+        answer(generator, ids, sampling, as_json, trace, checkpoint)
 
 
 def check_sampling(sampling: dict[str, Any]) -> SamplingParams:
@@ -104,12 +105,17 @@ def build_prompt(text: str, question: str | None, chat: bool, tokenizer: Any) ->
 
 
 def answer(
-    generator: OffloadedGenerator, prompt: Any, sampling: dict[str, Any], as_json: bool, trace: str | None = None
+    generator: OffloadedGenerator,
+    prompt: Any,
+    sampling: dict[str, Any],
+    as_json: bool,
+    trace: str | None = None,
+    checkpoint: str | None = None,
 ) -> None:
     """Generate and print: the text as it comes and a line of figures on stderr, or one JSON object."""
     if as_json:
         with ProgressReport() as progress:
-            output = generator.generate(prompt, on_progress=progress, trace=trace, **sampling)
+            output = generator.generate(prompt, on_progress=progress, trace=trace, checkpoint=checkpoint, **sampling)
         result = {
             "model": generator.loaded.source.name,
             "text": output.text,
@@ -124,7 +130,7 @@ def answer(
         return
     # The answer itself shows how far decoding is, so only the prompt's progress is reported.
     with ProgressReport(phases=("prefill",)) as progress:
-        for piece in generator.stream(prompt, on_progress=progress, trace=trace, **sampling):
+        for piece in generator.stream(prompt, on_progress=progress, trace=trace, checkpoint=checkpoint, **sampling):
             progress.close()
             sys.stdout.write(piece)
             sys.stdout.flush()

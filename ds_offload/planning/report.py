@@ -42,7 +42,7 @@ class PlanReport:
         """Plan `request` for `target`."""
         limits, asked = target.limits, request
         request = settle(asked, limits)
-        plan = request.plan()
+        plan = request.plan(limits.gpu)
         return cls(
             request=request,
             target=target,
@@ -91,7 +91,9 @@ class PlanReport:
             "decode_ms_per_token": self.estimate.decode_ms_per_token,
             "max_context": self.max_context,
             "changes": self.changes,
-            "assumptions": self.estimate.assumptions | self._dtype_assumption(),
+            "assumptions": self.estimate.assumptions
+            | self._dtype_assumption()
+            | {"prefill_mode": self.plan.prefill_mode},
             "config": config.to_dict(),
         }
 
@@ -117,6 +119,8 @@ class PlanReport:
         width = max(len(name) for name, _ in rows)
         lines += [f"  {name:<{width}}  {value}" for name, value in rows]
         lines += [f"  {value}" for value in estimated.assumptions.values() if str(value).startswith("none: ")]
+        if self.plan.prefill_mode == "streamed":
+            lines.append("  the prompt does not fit the GPU as a whole: its prefill is streamed")
         return "\n".join([*lines, self._verdict()])
 
     def _verdict(self) -> str:

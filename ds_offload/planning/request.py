@@ -47,8 +47,8 @@ def memory_text(count: int) -> str:
 
 
 def host_total(plan: MemoryPlan, cuda: bool) -> int:
-    """Peak bytes on the host: the store, and on a CPU everything else, too."""
-    return plan.host_kv + (0 if cuda else plan.gpu_total)
+    """Peak bytes on the host: the store and what a prefill keeps there, and on a CPU everything else, too."""
+    return plan.host_kv + plan.host_states + (0 if cuda else plan.gpu_total)
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ class Request:
         """What decides the bytes of everything but the weights."""
         return _cache_shape(self.source, self.config, self.lengths, self.capacities, self.cuda)
 
-    def plan(self) -> MemoryPlan:
-        """The bytes that it takes."""
-        return plan_memory(self.shape(), weight_bytes(self.source))
+    def plan(self, gpu: int | None = None) -> MemoryPlan:
+        """The bytes that it takes; with no more than `gpu` bytes of the device the prefill is streamed if need be."""
+        return plan_memory(self.shape(), weight_bytes(self.source), gpu)
 
 
 def plan_request(

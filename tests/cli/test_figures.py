@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ds_offload.cli.figures import bytes_text, figures_line
-from ds_offload.generator import GenerationOutput
+from ds_offload.generation import GenerationOutput
 
 
 @pytest.mark.parametrize(

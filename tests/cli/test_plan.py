@@ -44,10 +44,10 @@ def test_json(command: Any) -> None:
 
 
 def test_what_does_not_fit_is_status_1_and_its_changes_make_it_fit(command: Any) -> None:
-    asked = ("--model", "llama-2-7b", "--ctx", "128k", "--gpu-memory", "24GiB", *H100)
+    asked = ("--model", "llama-2-7b", "--ctx", "128k", "--gpu-memory", "20GiB", *H100)
     status, result = plan_json(command, *asked)
     assert status == 1 and result["fits"] is False
-    assert result["gpu"]["total"] > result["gpu_limit"] == 24 << 30
+    assert result["gpu"]["total"] > result["gpu_limit"] == 20 << 30
     words = [word for flag in result["changes"] for word in flag.split()]
     assert words
     status, changed = plan_json(command, *asked, *words)
@@ -88,7 +88,7 @@ def test_for_people(command: Any) -> None:
     assert "4,096 tokens" in lines[0] and PUBLISHED["h100"].name in lines[0]
     assert lines[-1] == "fits"
     assert len(lines) < 25
-    short = command("plan", "--model", "llama-2-7b", "--ctx", "128k", "--gpu-memory", "24GiB", *H100)
+    short = command("plan", "--model", "llama-2-7b", "--ctx", "128k", "--gpu-memory", "20GiB", *H100)
     last = short.out.splitlines()[-1]
     assert short.status == 1 and last.startswith("does not fit: ") and "; add --" in last
     none = command("plan", "--model", "llama-2-70b", "--gpu", "l4")
@@ -156,3 +156,13 @@ def test_summarize_refuses_what_does_not_fit(refused: Any, plain_model: str, tmp
     asked = ("summarize", str(file), "--words", "10", "--max-new-tokens", "4", "--model", plain_model)
     line = refused(*asked, "--device", "cpu", "--host-memory", "700KiB").err
     assert "tokens need" in line and "host memory" in line
+
+
+def test_a_prompt_too_long_for_the_gpu_is_streamed(command: Any) -> None:
+    asked = ("plan", "--model", "llama-2-7b", "--ctx", "128k", "--hot-set", "2", *H100)
+    whole, streamed = (json.loads(command(*asked, "--gpu-memory", gpu, "--json").out) for gpu in ("48GiB", "24GiB"))
+    assert whole["assumptions"]["prefill_mode"] == "whole" and streamed["assumptions"]["prefill_mode"] == "streamed"
+    assert streamed["gpu"]["prefill"] < whole["gpu"]["prefill"] / 2
+    # The hidden states.
+    assert streamed["host"]["total"] == whole["host"]["total"] + 131_072 * 4096 * 2
+    assert "its prefill is streamed" in command(*asked, "--gpu-memory", "24GiB").out

@@ -29,12 +29,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_lines_no_more_often_than_asked(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressReport(every_s=5) as report:
-        for layer in range(1, 31):
-            report("prefill", layer, 30)
+        for done in range(1000, 31_000, 1000):
+            report("prefill", done, 30_000)
             clock.now += 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5
-    assert lines[0] == "ds-offload: prefill 6/30 layers (20 %), 1 layers/s, 24 s left"
+    assert lines[0] == "ds-offload: prefill 6,000/30,000 tokens (20 %), 1,000 tokens/s, 24 s left"
 
 
 def test_quick_work_says_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,8 +58,8 @@ def test_every_phase_and_every_sequence_has_its_own_rate(clock: Clock, capsys: p
         report("decode", 21, 100)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("ds-offload: ")[1] for line in lines] == [
-        "prefill 2/4 layers (50 %), 0.1 layers/s, 20 s left",
-        "prefill 2/4 layers (50 %), 0.05 layers/s, 40 s left",
+        "prefill 2/4 tokens (50 %), 0.1 tokens/s, 20 s left",
+        "prefill 2/4 tokens (50 %), 0.05 tokens/s, 40 s left",
         "decode 21/100 tokens (21 %), 2 tokens/s, 40 s left",
     ]
 
@@ -72,6 +72,19 @@ def test_other_phases_are_passed_over(clock: Clock, capsys: pytest.CaptureFixtur
         clock.now += 1
         report("decode", 2, 2)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [
+        (1.0, "1 tokens/s, 1 h 6 min left"),
+        (8.333, "8.33 tokens/s, 8 min 0 s left"),
+        (999.4, "999 tokens/s, 4 s left"),
+        (12_345.0, "12,300 tokens/s, 0 s left"),
+    ],
+)
+def test_rates_and_times_are_readable(rate: float, text: str) -> None:
+    assert describe("prefill", 1000, 5000, rate) == f"prefill 1,000/5,000 tokens (20 %), {text}"
 
 
 def test_no_rate_yet() -> None:
@@ -89,12 +102,12 @@ def test_a_bar_on_a_terminal(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     with ProgressReport() as report:
-        report("prefill", 1, 3)
+        report("prefill", 0, 131_072)
         clock.now += 1
-        report("prefill", 2, 3)
+        report("prefill", 8192, 131_072)
         report.close()
         before = terminal.getvalue()
-        report("prefill", 3, 3)
-    assert "prefill" in before and "layers" in before and "1/s" in before
+        report("prefill", 131_072, 131_072)
+    assert "prefill" in before and "8,192/131,072" in before and "tokens" in before and "8,190/s" in before
     assert "ds-offload:" not in before
     assert before.endswith("\x1b[2K"), "the bar must be wiped off, so that the answer has the line"

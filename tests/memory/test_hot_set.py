@@ -125,3 +125,21 @@ def take(hot: HotSet, positions: torch.Tensor, rows: torch.Tensor) -> None:
     projected = torch.cat((rows[:, :, 0], rows[:, :, 0], rows[:, :, 1]), 1).flatten(1)
     rope = torch.ones(2, DIM), torch.zeros(2, DIM)
     new_token(projected, rope, positions, torch.empty_like(rows), window=hot.window_rows(3))
+
+
+@pytest.mark.parametrize(
+    "window", [AttentionWindow(0, 3), AttentionWindow(2, 3), AttentionWindow(7, 0), AttentionWindow(4, 60)]
+)
+@pytest.mark.parametrize("stops", [[1, 2, 3, 4, 5, 6, 7, 8], [5], [3, 10], [40, 41], [2, 89]])
+def test_a_window_filled_in_turns_is_that_of_a_whole_prompt(window: AttentionWindow, stops: list[int]) -> None:
+    whole, rows = make(6, window)
+    turns, _ = make(6, window)
+    for hot in (whole, turns):
+        hot.rows(3).zero_()
+    whole.fill_window(3, 1, rows[1])
+    start = 0
+    for stop in [*stops, LENGTH]:
+        turns.fill_window(3, 1, rows[1, :, start:stop], start)
+        start = stop
+    assert torch.equal(turns.rows(3), whole.rows(3))
+    assert not whole.rows(3)[0].any() and whole.rows(3)[1].any()

@@ -52,6 +52,55 @@ def test_round_trip_of_a_prompt_and_appended_tokens(length: int, location: str) 
         assert out[1, :, 5:].isnan().all()
 
 
+@pytest.mark.parametrize("location", ["host", "gpu"])
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 29), (3, 16), (8, 9), (7, 29), (28, 29)])
+def test_rows_are_read_back_from_anywhere(start: int, stop: int, location: str) -> None:
+    with PinnedPool(CPU) as pool:
+        store = make([4, 29], pool if location == "host" else None)
+        rows = torch.randn(HEADS, 29, 2, DIM, generator=torch.Generator().manual_seed(stop))
+        store.write_prompt(2, 1, 0, rows)
+        out = torch.full((HEADS, stop - start, 2, DIM), torch.nan)
+        store.read(2, 1, start, out)
+        assert torch.equal(out, rows[:, start:stop])
+        parts = list(store.parts(2, 1, start, stop))
+        assert all(part.is_contiguous() for part in parts)
+        assert torch.equal(torch.cat(parts), rows[:, start:stop].flatten(0, 1))
+        assert store.prompt_shape(stop) == (HEADS, stop, 2, DIM)
+
+
+def test_segments_made_ahead_are_those_that_are_taken() -> None:
+    class Counting(PinnedPool):
+        prepared = allocated = 0
+
+        def prepare(self, nbytes: int, *, blocks: int = 1, grain: int | None = None) -> None:
+            self.prepared += blocks
+            assert (nbytes, grain) == (2 * HEADS * SEGMENT * 2 * DIM * 4, SEGMENT * 2 * DIM * 4)
+            super().prepare(nbytes, blocks=blocks, grain=grain)
+
+        def allocate(self, nbytes: int, *, grain: int | None = None) -> torch.Tensor:
+            self.allocated += 1
+            assert not self.prepared or any(self._ahead.values())
+            return super().allocate(nbytes, grain=grain)
+
+    with Counting(CPU) as pool:
+        store = make([30, 1], pool)
+        assert (pool.prepared, pool.allocated) == (0, 5)
+        store.prepare(0, 6 * SEGMENT)
+        store.prepare(0, 6 * SEGMENT - 3)
+        assert pool.prepared == 2 and store.has_room(0, 4 * SEGMENT) and not store.has_room(0, 4 * SEGMENT + 1)
+        for tokens in (4 * SEGMENT + 1, 5 * SEGMENT, 6 * SEGMENT):
+            store.reserve(0, tokens)
+            assert store.has_room(0, tokens)
+        assert pool.allocated == 5 + 2 and not any(pool._ahead.values())
+        store.prepare(1, SEGMENT)
+        store.prepare(1, SEGMENT + 1)
+        assert pool.prepared == 3
+        store.reserve(1, SEGMENT + 1)
+    on_device = make([3], None)
+    on_device.prepare(0, 100)
+    assert not on_device.has_room(0, SEGMENT + 1)
+
+
 def test_a_prompt_written_in_pieces_equals_one_written_at_once() -> None:
     with PinnedPool(CPU) as pool:
         rows = torch.randn(HEADS, 29, 2, DIM)

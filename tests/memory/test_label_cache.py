@@ -33,6 +33,16 @@ def test_a_prompt_in_pieces_equals_a_whole_one_and_stays_in_its_layer() -> None:
     assert not whole.rows[0].any() and not whole.rows[2].any()
 
 
+def test_labels_can_be_made_again_from_stored_keys() -> None:
+    keys = torch.randn(HEADS, 13, DIM, generator=torch.Generator().manual_seed(1))
+    first, again, exact = (make([13], LabelLayout(12, 8))[0] for _ in range(3))
+    first.write_prompt(1, 0, 0, keys, torch.bfloat16)
+    again.write_prompt(1, 0, 0, keys.bfloat16(), torch.bfloat16)
+    exact.write_prompt(1, 0, 0, keys)
+    assert torch.equal(first.rows, again.rows)
+    assert not torch.equal(first.rows, exact.rows)
+
+
 def test_one_layers_labels_share_the_cache() -> None:
     layout = LabelLayout(10, 2)
     cache, channels, mean = make([13, 7], layout)

@@ -13,7 +13,15 @@ import torch
 from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.memory.plan import CUDA_RESERVE_BYTES, CacheShape, hot_set_capacity, plan_memory
 from ds_offload.memory.window import AttentionWindow
-from ds_offload.memory.workspace import CHUNK_BYTES, chunk_tokens, decode_bytes, prefill_bytes
+from ds_offload.memory.workspace import (
+    CHUNK_BYTES,
+    WRITTEN_SEGMENTS,
+    chunk_tokens,
+    decode_bytes,
+    prefill_bytes,
+    prefill_mode,
+    streamed_prefill_bytes,
+)
 
 WINDOW = AttentionWindow(4, 64)
 
@@ -108,9 +116,9 @@ def test_prefill_does_not_depend_on_the_layers() -> None:
     assert prefill_bytes(cache_shape()) == prefill_bytes(cache_shape(layers=80))
 
 
-def test_rows_of_another_dtype_are_copied_once() -> None:
+def test_rows_of_another_dtype_are_copied_a_few_segments_at_a_time() -> None:
     same, other = (prefill_bytes(cache_shape(kv_dtype=dtype)) for dtype in (torch.bfloat16, torch.float32))
-    assert other - same == (1 << 17) * 32 * 128 * 2 * 4 - 8 * 4096 * 32 * 60
+    assert other - same == WRITTEN_SEGMENTS * 1024 * 32 * 128 * 2 * 4 - 8 * 4096 * 32 * 60
 
 
 def test_experts_take_their_workspace_each() -> None:
@@ -171,3 +179,25 @@ def test_a_longer_context_never_takes_less(seed: int) -> None:
             assert plan.host_kv >= before.host_kv
             assert all(now >= then for now, then in zip(*map(dataclasses.astuple, (plan, before)), strict=True))
         before = plan
+
+
+def test_a_prefill_is_streamed_where_the_whole_prompt_does_not_fit() -> None:
+    shape = cache_shape()
+    whole, streamed = prefill_bytes(shape), streamed_prefill_bytes(shape)
+    assert streamed < whole / 3
+    assert [prefill_mode(shape, room) for room in (None, whole, whole - 1, 0)] == ["whole"] * 2 + ["streamed"] * 2
+    # Longer prompts take no more.
+    assert streamed_prefill_bytes(cache_shape(tokens=1 << 19)) == streamed
+    short = cache_shape(tokens=1000)
+    assert prefill_mode(short, 0) == "whole", "one piece of it is the whole prompt"
+
+
+def test_the_plan_of_a_streamed_prefill_has_the_hidden_states_on_the_host() -> None:
+    shape = cache_shape()
+    whole = plan_memory(shape, 1000, None)
+    assert plan_memory(shape, 1000, whole.gpu_total) == whole
+    streamed = plan_memory(shape, 1000, whole.gpu_total - 1)
+    assert (streamed.prefill_mode, streamed.host_states) == ("streamed", (1 << 17) * 4096 * 2)
+    assert whole.gpu_total - streamed.gpu_total == whole.prefill - max(streamed.prefill, streamed.decode)
+    assert dataclasses.replace(streamed, prefill=whole.prefill, prefill_mode="whole", host_states=0) == whole
+    assert plan_memory(cache_shape(cuda=False), 0, 0).host_states == 0

@@ -16,8 +16,10 @@ from ds_offload import OffloadConfig, OffloadedGenerator
 from ds_offload.decode import DecodeLoop
 from ds_offload.errors import MemoryPlanError
 from ds_offload.kv_context import KVContext
-from ds_offload.memory.plan import CUDA_RESERVE_BYTES
-from ds_offload.planning.request import host_total
+from ds_offload.memory.plan import CUDA_RESERVE_BYTES, plan_memory
+from ds_offload.memory.workspace import hidden_state_bytes, streamed_prefill_bytes
+from ds_offload.planning.request import Request, host_total
+from ds_offload.prefill import prefill
 from ds_offload.preparation import PreparedModel
 
 
@@ -191,3 +193,33 @@ def test_the_check_before_a_load_counts_the_weights(tmp_path: Path) -> None:
     )
     with pytest.raises(MemoryPlanError, match="104 tokens need"):
         short.check([100], [104])
+
+
+@pytest.mark.parametrize(
+    "name", ["one prompt", "head norms, bf16 rows", "dense layer", "experts", "store on the device"]
+)
+def test_a_streamed_prefill_takes_no_more_than_planned(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces and blocks much shorter than the prompt; on a CPU the hidden states are among the rest."""
+    for module in ("ds_offload.prefill", "ds_offload.memory.workspace"):
+        monkeypatch.setattr(f"{module}.piece_tokens", lambda heads, head_dim: 128)
+    for module in ("ds_offload.stored_blocks", "ds_offload.memory.workspace"):
+        monkeypatch.setattr(f"{module}.stream_tokens", lambda kv_heads, row_bytes: 100)
+    case = CASES[name]
+    save_tiny(tmp_path, tiny_config(case.family, case.kv_heads, **case.sizes))
+    prepared = prepare(tmp_path, case)
+    length = case.prompts[0]
+    shape = Request(prepared.source, prepared.config, False, 1, (length,), (length + 1,)).shape()
+    plan = plan_memory(shape, 0)
+    with OffloadedGenerator.from_prepared(prepared) as gen, torch.no_grad():
+        gen.generate(random_prompts(4)[0], max_new_tokens=1)
+        assert gen._calibration is not None
+        with LiveTensors() as live, KVContext(gen.decoder, gen.config, gen._calibration, [length + 1]) as context:
+            context.reserve(0, length)
+            held = live.peak
+            prefill(gen.decoder, context, 0, random_prompts(length)[0], streamed=True)
+    hidden = hidden_state_bytes(shape)
+    planned = streamed_prefill_bytes(shape)
+    assert live.peak - held <= planned + hidden
+    assert planned < plan.prefill / 2

@@ -1,0 +1,100 @@
+"""Prompts answered greedily, densely and sparsely, each answer scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ds_offload.errors import InputError
+from ds_offload.evaluation.result import EvalResult, counted, mean
+from ds_offload.evaluation.subject import EvalSubject, announce_window, is_sparse
+from ds_offload.generator import OffloadedGenerator
+from ds_offload.notices import notice
+from ds_offload.prefill import ProgressCallback
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and how its answer is scored.
+
+    Attributes:
+        group: What it is averaged with, such as its kind or data set.
+        ids: Token ids of the prompt.
+        max_new_tokens: Most tokens of the answer.
+        score: From the answer's text to 0 to 1.
+        expected: What a right answer says, for the report.
+    """
+
+    group: str
+    ids: list[int]
+    max_new_tokens: int
+    score: Callable[[str], float]
+    expected: Sequence[str] = field(default=())
+
+
+def answer_all(
+    task: str,
+    subject: EvalSubject,
+    questions: Sequence[Question],
+    options: dict[str, Any],
+    on_progress: ProgressCallback | None = None,
+) -> EvalResult:
+    """Answer every question densely and sparsely.
+
+    Questions whose whole context fits the budget are left out: their two answers are one.
+
+    Raises:
+        InputError: No question is left.
+        MemoryPlanError: The longest context does not fit.
+    """
+    asked = [question for question in questions if is_sparse(subject.config, len(question.ids) + 1)]
+    if not asked:
+        raise InputError(
+            f"token_budget={subject.config.token_budget} keeps all of every one of the {len(questions)} contexts, so "
+            "nothing sparse would be measured; lower --token-budget or give a longer context with --ctx"
+        )
+    if len(asked) < len(questions):
+        notice(f"{len(questions) - len(asked)} of {len(questions)} contexts fit the budget and are left out")
+    longest = max(asked, key=lambda question: len(question.ids) + question.max_new_tokens)
+    subject.check_memory(len(longest.ids), len(longest.ids) + longest.max_new_tokens)
+    announce_window(subject.config, len(longest.ids))
+    dense: list[dict[str, Any]] = []
+    sparse: list[dict[str, Any]] = []
+    densities = []
+    for question in counted(asked, len(asked), "questions"):
+        for generator, rows in ((subject.dense, dense), (subject.sparse, sparse)):
+            row, density = _answer(generator, question, on_progress)
+            rows.append(row)
+        if density is not None:
+            densities.append(density)
+    density = mean(densities) if densities else None
+    if density is None:
+        notice("every answer ended with its first token, which the dense prompt gives: nothing sparse was measured")
+    model = subject.name
+    options = {"ctx": subject.context, **options}
+    return EvalResult(task, model, subject.config, "score", _figures(dense), _figures(sparse), density, options)
+
+
+def _answer(
+    generator: OffloadedGenerator, question: Question, on_progress: ProgressCallback | None
+) -> tuple[dict[str, Any], float | None]:
+    out = generator.generate(question.ids, max_new_tokens=question.max_new_tokens, on_progress=on_progress)
+    row = {
+        "group": question.group,
+        "prompt_tokens": len(question.ids),
+        "new_tokens": len(out.token_ids),
+        "expected": list(question.expected),
+        "answer": out.text,
+        "score": question.score(out.text),
+    }
+    return row, out.stats["mean_density"]
+
+
+def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean over all answers, over each group, and the answers."""
+    groups = dict.fromkeys(row["group"] for row in rows)
+    figures: dict[str, Any] = {"score": mean([row["score"] for row in rows]), "cases": len(rows)}
+    if len(groups) > 1:
+        figures |= {name: mean([row["score"] for row in rows if row["group"] == name]) for name in groups}
+    return figures | {"answers": rows}

@@ -1,0 +1,190 @@
+"""What is evaluated: a loaded model, the configuration asked for, and its dense twin."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ds_offload.calibration import Calibration, find_or_make_calibration
+from ds_offload.config import OffloadConfig
+from ds_offload.errors import InputError
+from ds_offload.generator import OffloadedGenerator
+from ds_offload.kernels.label_codec import LabelLayout
+from ds_offload.memory.window import AttentionWindow
+from ds_offload.memory_check import check_memory, settle_config
+from ds_offload.notices import notice
+from ds_offload.preparation import PreparedModel
+from ds_offload.prompts import encode_prompt
+
+# device type: tokens of a context, decode steps scored in it
+DEFAULTS = {"cuda": (8192, 512), "cpu": (2048, 32)}
+
+
+def dense_twin(config: OffloadConfig) -> OffloadConfig:
+    """The same configuration with a budget of the whole context.
+
+    It attends to everything and scores nothing. Its rows lie on the device: a hot set of
+    the whole context would take the same memory, and the bits are the same.
+    """
+    return dataclasses.replace(config, token_budget="1/1", prefetch="off", kv_location="gpu", hot_set=1.0)
+
+
+def kept_tokens(config: OffloadConfig, length: int) -> int:
+    """Tokens that a KV head attends to at most in a context of `length` tokens."""
+    window = AttentionWindow(config.sink_tokens, config.recent_tokens)
+    return window.forced(length) + window.selected(config.budget.tokens(length), length)
+
+
+def is_sparse(config: OffloadConfig, length: int) -> bool:
+    """Whether something of a context of `length` tokens is left out."""
+    return kept_tokens(config, length) < length
+
+
+def check_sparse(config: OffloadConfig, length: int) -> None:
+    """Refuse a configuration that leaves nothing out of `length` tokens: dense would be compared with dense.
+
+    Raises:
+        InputError: Naming the budget and the context.
+    """
+    if not is_sparse(config, length):
+        raise InputError(
+            f"token_budget={config.token_budget} with {config.sink_tokens} sinks and {config.recent_tokens} recent "
+            f"tokens keeps all of a context of {length:,} tokens, so nothing sparse would be measured; lower "
+            "--token-budget or give a longer context with --ctx"
+        )
+
+
+def announce_window(config: OffloadConfig, length: int) -> None:
+    """Say so where the budget of `length` tokens leaves nothing to select by label."""
+    window = AttentionWindow(config.sink_tokens, config.recent_tokens)
+    if not window.selected(config.budget.tokens(length), length):
+        notice(
+            f"token_budget={config.token_budget} of {length:,} tokens is no more than the sinks and the recent window: "
+            "no token is selected by its label"
+        )
+
+
+def prepare(model: dict[str, Any], config: OffloadConfig, least: int = 0) -> PreparedModel:
+    """Find and check the model; without a context length the device's default is taken.
+
+    Args:
+        model: Arguments of `PreparedModel.find` by name.
+        least: Tokens that the default must have.
+
+    Raises:
+        InputError: Something given is wrong, or the model has no tokenizer.
+    """
+    prepared = PreparedModel.find(**model, config=config)
+    if prepared.tokenizer is None:
+        raise InputError(
+            f"{prepared.source.name} has no tokenizer, and an evaluation reads texts; "
+            "put tokenizer.json into the model's folder, or choose another model"
+        )
+    if config.max_context is None:
+        assert isinstance(prepared.config.max_context, int), "the config is resolved"
+        context = min(max(DEFAULTS[prepared.device.type][0], least), prepared.config.max_context)
+        prepared = dataclasses.replace(prepared, config=dataclasses.replace(prepared.config, max_context=context))
+    return prepared
+
+
+class EvalSubject:
+    """A model, evaluated under one configuration and densely.
+
+    What can be refused without the weights is refused before they load: they do so at first use.
+
+    Args:
+        prepared: The model, found and checked; see `prepare`.
+
+    Attributes:
+        prepared: As given.
+        config: The configuration asked for, resolved, its hot set chosen for the longest context.
+    """
+
+    def __init__(self, prepared: PreparedModel) -> None:
+        self.prepared = prepared
+        self.config = prepared.config
+        if self.config.hot_set is None:
+            lengths = [max(1, self.context - 1)], [self.context]
+            self.config = settle_config(prepared.source, self.config, prepared.device, *lengths)
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a context."""
+        assert isinstance(self.config.max_context, int), "the config is resolved"
+        return self.config.max_context
+
+    @property
+    def name(self) -> str:
+        """What the user called the model."""
+        return self.prepared.source.name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.prepared.device
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.prepared.tokenizer
+
+    @cached_property
+    def sparse(self) -> OffloadedGenerator:
+        """A generator of the configuration asked for; the weights load here."""
+        for line in self.prepared.announcements:
+            notice(line)
+        return OffloadedGenerator(self.prepared.load(), self.config)
+
+    @cached_property
+    def dense(self) -> OffloadedGenerator:
+        """A generator of the same weights with `dense_twin`."""
+        return OffloadedGenerator(self.sparse.loaded, dense_twin(self.config))
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Which channels the labels keep: found, or made now."""
+        return find_or_make_calibration(self.sparse.loaded, self.sparse.decoder, self.config.calibration)
+
+    def encode(self, prompt: Any) -> list[int]:
+        """Token ids of a text or of messages."""
+        return encode_prompt(prompt, self.tokenizer, self.prepared.source.shape.vocab_size)
+
+    def check_memory(self, prompt: int, capacity: int) -> None:
+        """Refuse a context of `capacity` tokens, `prompt` of them prefilled, that does not fit densely or sparsely.
+
+        Raises:
+            MemoryPlanError: One of them does not.
+        """
+        for config in (dense_twin(self.config), self.config):
+            check_memory(self.prepared.source, config, self.device, [prompt], [capacity])
+
+    def close(self) -> None:
+        """Let go of the weights."""
+        for name in ("dense", "sparse"):
+            if name in self.__dict__:
+                self.__dict__.pop(name).close()
+
+    def __enter__(self) -> EvalSubject:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def label_bytes(config: OffloadConfig) -> int:
+    """Bytes of one token's label for one KV head."""
+    assert config.label_channels is not None, "the config is resolved"
+    return LabelLayout(config.label_channels, config.label_bits).row_bytes
+
+
+def settings_line(config: OffloadConfig, density: float | None) -> str:
+    """What the figures were measured with, in one line."""
+    share = "not measured" if density is None else f"{density:.4f}"
+    return (
+        f"budget {config.token_budget}; labels {config.label_channels} x {config.label_bits} bit, "
+        f"{label_bytes(config)} bytes a token and KV head; K/V {config.kv_dtype}; prefetch {config.prefetch}; "
+        f"mean density {share}"
+    )

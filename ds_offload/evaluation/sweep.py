@@ -1,0 +1,142 @@
+"""`eval sweep`: loss over dense at several budgets, label settings and prefetch modes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ds_offload.config import OffloadConfig, TokenBudget, default_label_channels
+from ds_offload.errors import InputError
+from ds_offload.evaluation.perplexity import measure_windows
+from ds_offload.evaluation.result import EvalResult
+from ds_offload.evaluation.subject import EvalSubject, check_sparse, dense_twin, label_bytes
+from ds_offload.evaluation.windows import cut_windows, default_positions
+from ds_offload.notices import notice
+from ds_offload.prefill import ProgressCallback
+
+MODES = ("off", "exact", "speculative")
+
+
+@dataclass(frozen=True)
+class SweepGrid:
+    """What is combined: all of one with all of the others.
+
+    Attributes:
+        budgets: Values of `token_budget`.
+        labels: Channels and bits of the labels; channels None are 1/16 of a 16-bit key's bytes.
+        modes: Values of `prefetch`.
+    """
+
+    budgets: tuple[str, ...]
+    labels: tuple[tuple[int | None, int], ...]
+    modes: tuple[Any, ...]
+
+    @classmethod
+    def parse(cls, budgets: str, labels: str, modes: str) -> SweepGrid:
+        """Read "1/8,1/16", "28x2,4" (channels x bits, or bits) and "off,speculative".
+
+        Raises:
+            InputError: One of them is empty or has an entry of another kind.
+        """
+        wrong = next((mode for mode in _entries(modes, "modes", "off,exact") if mode not in MODES), None)
+        if wrong is not None:
+            raise InputError(f"modes={modes!r} names {wrong!r}; give some of {','.join(MODES)}")
+        return cls(
+            tuple(str(TokenBudget.parse(entry)) for entry in _entries(budgets, "budgets", "1/8,1/16,1/32")),
+            tuple(_label(entry) for entry in _entries(labels, "labels", "28x2,16x4")),
+            _entries(modes, "modes", "off,exact"),
+        )
+
+    def configs(self, config: OffloadConfig, head_dim: int) -> list[OffloadConfig]:
+        """`config` at every point of the grid.
+
+        Raises:
+            InputError: A label setting that the config refuses, or more channels than `head_dim`.
+        """
+        made = []
+        for budget, (channels, bits), mode in itertools.product(self.budgets, self.labels, self.modes):
+            if channels is not None and channels > head_dim:
+                raise InputError(f"labels={channels}x{bits} is more than the head's {head_dim} channels; use fewer")
+            made.append(
+                dataclasses.replace(
+                    config,
+                    token_budget=budget,
+                    label_bits=bits,
+                    label_channels=channels if channels is not None else default_label_channels(head_dim, bits),
+                    prefetch=mode,
+                )
+            )
+        return made
+
+
+def eval_sweep(
+    subject: EvalSubject,
+    grid: SweepGrid,
+    texts: dict[str, str],
+    positions: int | None = None,
+    limit: int | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> EvalResult:
+    """Measure the loss at every point of the grid on the same windows.
+
+    Returns:
+        A result whose `options["rows"]` has a row of every point; `sparse` and `config` are
+        those of the point with the least loss.
+
+    Raises:
+        InputError: A text shorter than the context, or a budget that leaves nothing out.
+    """
+    positions = default_positions(subject) if positions is None else positions
+    configs = grid.configs(subject.prepared.config, subject.prepared.source.shape.head_dim)
+    for config in configs:
+        check_sparse(config, subject.context - positions)
+    windows = cut_windows(subject, texts, positions, limit)
+    dense, _ = measure_windows(subject, dense_twin(subject.config), windows, positions, "dense windows", on_progress)
+    points: list[tuple[OffloadConfig, dict[str, Any], float]] = []
+    for number, config in enumerate(configs, 1):
+        figures, density = measure_windows(subject, config, windows, positions, "windows", on_progress)
+        points.append((config, figures, density))
+        notice(f"{number} of {len(configs)}: {_name(config)}: loss {figures['nll'] - dense['nll']:+.4f} nats")
+    rows = [_row(config, figures, density, dense["nll"]) for config, figures, density in points]
+    best, sparse, density = min(points, key=lambda point: point[1]["nll"])
+    del dense["h2d_bytes_per_token"]
+    options = {"ctx": subject.context, "positions": positions, "texts": list(texts), "rows": rows}
+    return EvalResult("sweep", subject.name, best, "nll", dense, sparse, density, options)
+
+
+def _row(config: OffloadConfig, figures: dict[str, Any], density: float, dense_nll: float) -> dict[str, Any]:
+    return {
+        "token_budget": config.token_budget,
+        "label_channels": config.label_channels,
+        "label_bits": config.label_bits,
+        "label_bytes": label_bytes(config),
+        "prefetch": config.prefetch,
+        "nll": figures["nll"],
+        "delta": figures["nll"] - dense_nll,
+        "mean_density": density,
+        "h2d_bytes_per_token": figures["h2d_bytes_per_token"],
+    }
+
+
+def _name(config: OffloadConfig) -> str:
+    return f"budget {config.token_budget}, labels {config.label_channels} x {config.label_bits} bit, {config.prefetch}"
+
+
+def _entries(text: str, field: str, example: str) -> tuple[str, ...]:
+    entries: Sequence[str] = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not entries:
+        raise InputError(f"{field}={text!r} is empty; give entries with commas between them, such as {example}")
+    return tuple(entries)
+
+
+def _label(entry: str) -> tuple[int | None, int]:
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?(16|8|4|2)", entry)
+    if match is None:
+        raise InputError(
+            f"labels={entry!r} is no label setting; write channels x bits such as 28x2, or bits alone: 16, 8, 4 or 2"
+        )
+    return int(match[1]) if match[1] else None, int(match[2])

@@ -1,0 +1,249 @@
+"""A prefill kept in a folder while it lasts, so that it goes on from its last finished layer if it was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ds_offload.config import OffloadConfig
+from ds_offload.dtypes import dtype_name
+from ds_offload.errors import InputError, LoadError
+from ds_offload.fingerprint import fingerprint
+from ds_offload.kv_context import KVContext
+from ds_offload.notices import notice
+from ds_offload.tensor_file import FileRecord, read_tensor, write_file, write_tensor
+
+FORMAT = "ds_offload.prefill"
+VERSION = 1
+HEADER = "prefill.json"
+# From the end of one write to the next, at the end of a layer.
+EVERY_S = 10.0
+# Tokens whose labels are made again at a time.
+_RESTORED_TOKENS = 4096
+_REMEDY = "give --checkpoint another folder, or empty this one"
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; the one before it, if any, is intact."""
+
+
+@dataclass(frozen=True)
+class PrefillIdentity:
+    """What two prefills must share for one to take up the other's layers.
+
+    Attributes:
+        prompt: SHA-256 of the token ids.
+        model: The model's fingerprint.
+        dtype, kv_dtype: Of the model, and of stored K/V.
+        rope: The model's RoPE.
+        tokens, layers: Of the prompt and of the model.
+    """
+
+    prompt: str
+    model: str
+    dtype: str
+    kv_dtype: str
+    rope: str
+    tokens: int
+    layers: int
+
+    @classmethod
+    def of(cls, ids: list[int], model: PreTrainedModel, config: OffloadConfig) -> PrefillIdentity:
+        """The identity of a prompt's prefill by `model`; `config` is resolved."""
+        digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+        rope = json.dumps(model.config.rope_parameters, sort_keys=True, default=str)
+        kv_dtype = str(config.kv_dtype)
+        layers = model.config.num_hidden_layers
+        return cls(digest, fingerprint(model), dtype_name(model.dtype), kv_dtype, rope, len(ids), layers)
+
+
+class PrefillCheckpoint:
+    """The finished layers' K/V, a file each, the hidden states behind the last of them, and a header.
+
+    The header is written last, by renaming: what it names is there, whenever the process
+    ends. Hidden states of the header before are removed behind that. Labels are not kept;
+    they are made again from the K/V.
+
+    Args:
+        folder: Made if it is not there.
+
+    Raises:
+        InputError: It cannot be written to, or holds a checkpoint that is damaged or of another prefill.
+    """
+
+    def __init__(self, folder: str | Path, identity: PrefillIdentity) -> None:
+        self._folder = Path(folder)
+        self._identity = identity
+        self._files: dict[str, FileRecord] = {}
+        self._done = 0
+        self._written = time.monotonic()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for pattern in (f".{HEADER}.tmp", ".layer-*.tmp", ".hidden-*.tmp"):
+                for leftover in self._folder.glob(pattern):
+                    leftover.unlink()
+            if not os.access(self._folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise InputError(
+                f"cannot write to the checkpoint folder {folder}: {error.strerror}; give a folder you can write to"
+            ) from None
+        if (self._folder / HEADER).exists():
+            self._read_header()
+
+    def resume(self, context: KVContext, sequence: int, hidden: Tensor) -> int:
+        """Put what was kept into `context` and `hidden` `[T, hidden]`, where they lie, and say so.
+
+        Returns:
+            Finished layers; 0 where nothing was kept, and nothing was done then.
+
+        Raises:
+            InputError: A file is damaged.
+        """
+        if not self._done:
+            return 0
+        tokens, layers = self._identity.tokens, self._identity.layers
+        notice(f"resuming the prefill at layer {self._done} of {layers} from {self._folder}")
+        context.reserve(sequence, tokens)
+        try:
+            name = _hidden_name(self._done)
+            parts = hidden.split(_RESTORED_TOKENS)
+            read_tensor(self._folder / name, self._files[name], hidden.dtype, tuple(hidden.shape), parts)
+            for layer in range(self._done):
+                self._restore(context, sequence, layer)
+        except LoadError as error:
+            raise LoadError(f"{error}; {_REMEDY}") from None
+        return self._done
+
+    def due(self) -> bool:
+        """Whether the last write is long enough ago."""
+        return time.monotonic() - self._written >= EVERY_S
+
+    def save(self, context: KVContext, sequence: int, hidden: Tensor, done: int) -> None:
+        """Keep the first `done` layers, which the device has finished, and the hidden states behind them.
+
+        Raises:
+            CheckpointWriteError: The disk is full, for one; the checkpoint before is intact.
+        """
+        before = _hidden_name(self._done)
+        files = {name: record for name, record in self._files.items() if name != before}
+        writing = self._folder
+        try:
+            if context.store.device.type == "cuda":
+                # The writer's copies of the last layers are behind what the compute stream has done.
+                torch.cuda.synchronize(context.store.device)
+            for layer in range(self._done, done):
+                writing = self._folder / _layer_name(layer)
+                parts = context.row_parts(layer, sequence, self._identity.tokens)
+                shape = context.store.prompt_shape(self._identity.tokens)
+                files[writing.name] = write_tensor(writing, context.store.dtype, shape, parts)
+            writing = self._folder / _hidden_name(done)
+            parts = iter(hidden.split(_RESTORED_TOKENS))
+            files[writing.name] = write_tensor(writing, hidden.dtype, tuple(hidden.shape), parts)
+            writing = self._folder / HEADER
+            write_file(writing, [self._header(files, done)])
+        except OSError as error:
+            self._remove_all_but(self._files)
+            kept = f"the checkpoint of {self._done} layers before it is intact" if self._done else "nothing is kept"
+            raise CheckpointWriteError(
+                f"cannot write {writing}: {error.strerror}; {kept}; make room there or give --checkpoint another folder"
+            ) from error
+        self._files, self._done = files, done
+        self._remove_all_but(files)
+        self._written = time.monotonic()
+
+    def delete(self) -> None:
+        """Remove the checkpoint's files: the prefill is complete."""
+        with contextlib.suppress(OSError):
+            (self._folder / HEADER).unlink()
+        self._files, self._done = {}, 0
+        self._remove_all_but({})
+
+    def _restore(self, context: KVContext, sequence: int, layer: int) -> None:
+        tokens, name = self._identity.tokens, _layer_name(layer)
+        shape = context.store.prompt_shape(tokens)
+        parts = context.row_parts(layer, sequence, tokens)
+        read_tensor(self._folder / name, self._files[name], context.store.dtype, shape, parts)
+        for start in range(0, tokens, _RESTORED_TOKENS):
+            size = (shape[0], min(_RESTORED_TOKENS, tokens - start), *shape[2:])
+            rows = torch.empty(size, dtype=context.store.dtype, device=context.store.device)
+            context.read_rows(layer, sequence, start, rows)
+            context.restore_prompt(layer, sequence, rows, start)
+
+    def _header(self, files: dict[str, FileRecord], done: int) -> bytes:
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "identity": asdict(self._identity),
+            "done": done,
+        }
+        content["files"] = {name: asdict(record) for name, record in files.items()}
+        return json.dumps(content | {"sha256": _checksum(content)}, indent=1).encode()
+
+    def _read_header(self) -> None:
+        path = self._folder / HEADER
+        try:
+            content = json.loads(path.read_bytes())
+            stated = content.pop("sha256")
+            if stated != _checksum(content) or content["format"] != FORMAT or content["version"] != VERSION:
+                raise ValueError
+            found = PrefillIdentity(**content["identity"])
+            files = {name: FileRecord(**record) for name, record in content["files"].items()}
+            done = int(content["done"])
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}; {_REMEDY}") from None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise InputError(f"{path} is damaged, or of another version; {_REMEDY}") from None
+        if found != self._identity:
+            raise InputError(f"{self._folder} is the checkpoint of another {self._differences(found)}; {_REMEDY}")
+        for name, record in files.items():
+            file = self._folder / name
+            size = file.stat().st_size if file.is_file() else 0
+            if size != record.nbytes:
+                raise LoadError(f"{file} has {size:,} bytes and {record.nbytes:,} were written; {_REMEDY}")
+        self._files, self._done = files, done
+
+    def _differences(self, found: PrefillIdentity) -> str:
+        """What of another prefill differs: "prompt (900 tokens, and this one has 901), kv_dtype (bf16, here fp32)"."""
+        there, here = asdict(found), asdict(self._identity)
+        named = []
+        for field in ("prompt", "model", "dtype", "kv_dtype", "rope"):
+            if there[field] != here[field]:
+                pair = (there[field], here[field])
+                if field == "prompt":
+                    pair = (f"{found.tokens:,} tokens", f"{self._identity.tokens:,} tokens")
+                elif field == "model":
+                    pair = (f"fingerprint {found.model[:8]}", self._identity.model[:8])
+                named.append(f"{field} ({pair[0]}, here {pair[1]})")
+        return ", ".join(named)
+
+    def _remove_all_but(self, kept: dict[str, FileRecord]) -> None:
+        """Remove layers and hidden states that the header does not name."""
+        for pattern in ("layer-*.safetensors", "hidden-*.safetensors"):
+            for file in self._folder.glob(pattern):
+                if file.name not in kept:
+                    with contextlib.suppress(OSError):
+                        file.unlink()
+
+
+def _layer_name(layer: int) -> str:
+    return f"layer-{layer:04d}.safetensors"
+
+
+def _hidden_name(done: int) -> str:
+    return f"hidden-{done:04d}.safetensors"
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
