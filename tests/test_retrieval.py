@@ -9,37 +9,16 @@ from typing import Any
 import pytest
 
 from ds_offload import OffloadConfig, OffloadedGenerator
+from ds_offload.evaluation.retrieval_cases import CITIES
 from ds_offload.prompts import document_prompt
 
-CITIES = [
-    "Lisbon",
-    "Oslo",
-    "Nairobi",
-    "Quito",
-    "Hanoi",
-    "Dublin",
-    "Tunis",
-    "Lima",
-    "Vienna",
-    "Accra",
-    "Sofia",
-    "Havana",
-    "Cairo",
-    "Prague",
-    "Manila",
-    "Bogota",
-    "Riga",
-    "Athens",
-    "Seoul",
-    "Madrid",
-]
 DOCUMENT_TOKENS = 2048
 
 
 def planted_document(seed: int, tokenizer: Any) -> tuple[str, dict[str, str]]:
     """A document of about 2,048 tokens with ten facts spread evenly, and the facts: city to code."""
     chance = random.Random(seed)
-    facts = {city: str(chance.randrange(1000, 10000)) for city in chance.sample(CITIES, 10)}
+    facts = {city: str(chance.randrange(1000, 10000)) for city in chance.sample(CITIES[:20], 10)}
     text = files("ds_offload").joinpath("data", "jargon_file.txt").read_text(encoding="utf-8")
     paragraphs = [part.replace("\n", " ") for part in text.split("\n\n") if len(part) > 100]
     chance.shuffle(paragraphs)
