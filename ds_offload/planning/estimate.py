@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ds_offload.kernels.select import select_launch
 from ds_offload.loading import ModelSource
 from ds_offload.memory.plan import CacheShape
 from ds_offload.planning.request import Request, active_experts, weight_bytes
@@ -17,8 +18,14 @@ HIT_RATES = ((0.0, 0.0), (1.25, 0.86), (2.0, 0.94), (4.0, 0.98))
 # In exact mode, rows fetched in line and ahead for the next step, for every row that would be fetched in line without
 # a look-ahead: 1.2 % and 2.9 % of a selection for 2.2 % (SmolLM2-135M, two texts; prefetch/selection.py).
 IN_LINE, AHEAD = 1.2 / 2.2, 2.9 / 2.2
-# Of a layer's launches in a captured step, about twenty at 3 us: assumed, not measured.
-LAYER_OVERHEAD_S = 60e-6
+# What a layer of a captured step takes beyond its bytes: Llama-3.1-8B's shape at 16K tokens without copies on an H100
+# (docs/benchmarks.md), and how much more where several programs share a row of scores (Llama-2-7B's at 128K).
+LAYER_OVERHEAD_S = 80e-6
+LONG_SELECTION_S = 65e-6
+# Label scores of grouped heads read the labels twice and take as long as this many readings: arithmetic binds them.
+GROUPED_READINGS = 4
+# Rows far apart in host memory, the few that a hot set lacks, are bound by address translation (H100, PCIe 5 x16).
+FAR_ROWS_PER_S = 30e6
 # Share of the device's dense bf16 rate that prefill is taken to reach.
 PREFILL_SHARE = 0.6
 
@@ -85,14 +92,18 @@ def estimate(request: Request, rates: Rates | None) -> Estimate:
         "link_gb_per_s": rates.link_gb_per_s,
         "memory_gb_per_s": rates.memory_gb_per_s,
         "bandwidths_from": rates.bandwidths_from,
-        "layer_overhead_us": round(LAYER_OVERHEAD_S * 1e6),
+        "layer_overhead_us": round(_layer_overhead(shape) * 1e6),
+        "far_rows_per_s": FAR_ROWS_PER_S,
         "bf16_tflops": rates.bf16_tflops,
         "tflops_from": rates.tflops_from,
         "prefill_share_of_tflops": PREFILL_SHARE,
     }
     read = _weights_read(request.source, request.batch) + _rows_read(shape)
+    # Seconds that a byte takes to the device, of all sequences: without a hot set rows are many and lie close.
     link = request.batch / (rates.link_gb_per_s * 1e9)
-    step = read / (rates.memory_gb_per_s * 1e9) + link * missing * in_line + shape.layers * LAYER_OVERHEAD_S
+    if hits > 0:
+        link = max(link, request.batch / (FAR_ROWS_PER_S * shape.row_bytes))
+    step = read / (rates.memory_gb_per_s * 1e9) + link * missing * in_line + shape.layers * _layer_overhead(shape)
     step = max(step, link * moved)
     prefill = None
     if request.source.dtype == torch.float32:
@@ -142,13 +153,18 @@ def _weights_read(source: ModelSource, batch: int) -> int:
     return min(weight_bytes(source), count * source.dtype.itemsize)
 
 
+def _layer_overhead(shape: CacheShape) -> float:
+    """Seconds that a layer takes beyond its bytes."""
+    long = shape.scored and not select_launch(max(shape.capacities), shape.most_kept).block
+    return LAYER_OVERHEAD_S + (LONG_SELECTION_S if long else 0.0)
+
+
 def _rows_read(shape: CacheShape) -> int:
-    """Bytes of labels and rows that a step reads from device memory."""
+    """Bytes of labels and rows that a step reads from device memory, labels as often as their scores take."""
     offloaded, tokens = shape.layers - shape.dense_layers, sum(shape.capacities)
     attended = shape.rows * min(max(shape.capacities), shape.window.forced_slots + shape.most_kept)
     read = offloaded * attended * shape.row_bytes + shape.dense_layers * tokens * shape.kv_heads * shape.row_bytes
     if shape.scored:
-        # Weights take two passes.
-        passes = 2 if shape.weighed else 1
+        passes = GROUPED_READINGS if shape.weighed else 1
         read += passes * offloaded * shape.kv_heads * tokens * shape.labels.row_bytes
     return read
