@@ -1,0 +1,41 @@
+"""Prints results of `ds-offload bench --json` as rows of a Markdown table: `scripts/benchmarks.py FILE...`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+# Figures beside the time, where a row has them.
+EXTRAS = {
+    "hit_rate": "hits {:.3f}",
+    "prefetch_recall": "recall {:.3f}",
+    "speedup_vs_floor": "{:.1f} x the floor",
+    "speedup_vs_sdpa": "{:.1f} x SDPA",
+    "h2d_bytes_per_token": "{:,.0f} bytes/token",
+    "link_busy_ms": "link busy {:.2f} ms",
+    "stall_ms": "waiting {:.2f} ms",
+    "tokens_per_s": "{:,.0f} tokens/s",
+    "cpu_use": "{:.2f} cores",
+    "gpu_peak_bytes": "GPU peak {:,.0f}",
+}
+
+
+def main() -> None:
+    for name in sys.argv[1:]:
+        result = json.loads(Path(name).read_text(encoding="utf-8"))
+        limits = ", ".join(
+            f"{key.removesuffix('_bytes_per_s')} {n / 1e9:.1f} GB/s" for key, n in result["limits"].items()
+        )
+        print(f"{Path(name).stem}: {result['device']}; commit {result['commit']}; {limits}")
+        for row in result["rows"]:
+            spread = f"{row['median']:.4g} [{row['p20']:.4g}, {row['p80']:.4g}] {row['unit']}"
+            ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f} x its limit"
+            extras = [text.format(row[key]) for key, text in EXTRAS.items() if row.get(key)]
+            print(f"| {row['name']} | {spread} | {ratio} | {'; '.join(extras)} |")
+        for note in result["notes"]:
+            print(note)
+
+
+if __name__ == "__main__":
+    main()
