@@ -22,7 +22,7 @@ IN_LINE, AHEAD = 1.2 / 2.2, 2.9 / 2.2
 # (docs/benchmarks.md), and how much more where several programs share a row of scores (Llama-2-7B's at 128K).
 LAYER_OVERHEAD_S = 80e-6
 LONG_SELECTION_S = 65e-6
-# Label scores of grouped heads read the labels twice; at 512K tokens (the same page) they take as long as so many readings.
+# Label scores of grouped heads read the labels twice, and take as long as so many readings (at 512K, the same page).
 GROUPED_READINGS = 4
 # Rows far apart in host memory, the few that a hot set lacks, are bound by address translation (H100, PCIe 5 x16).
 FAR_ROWS_PER_S = 30e6
