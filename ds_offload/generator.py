@@ -246,7 +246,11 @@ class OffloadedGenerator:
             pieces = []
             for number, sequence in enumerate(sequences):
                 ids = sequence.prompt
+                # The answer's first tokens have their place before decoding begins: pinning it would hold up a step.
+                room = min(capacities[number], len(ids) + int(self.config.segment_tokens))
+                context.prepare(number, room)
                 logits = prefill(self.decoder, context, number, ids, on_progress, streamed=streamed, checkpoint=kept)
+                context.reserve(number, room)
                 pieces.append(sequence.take(logits, keep_logits))
             statistics.prefilled()
             yield pieces
