@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ds_offload.decoder import DecoderStack
 from ds_offload.kernels.new_token import HeadNorms
 from ds_offload.kernels.skinny_linear import FLOATS, MAX_ROWS, gated_linear, skinny_linear
+from ds_offload.notices import notice
 
 
 class DecodeLayers:
@@ -37,6 +38,8 @@ class DecodeLayers:
             and decoder.dtype in FLOATS
             and all(_is_plain(block) for block in self._blocks)
         )
+        if decoder.device.type == "cuda" and sequences > MAX_ROWS:
+            notice(f"{sequences} sequences decode with the model's own layers; up to {MAX_ROWS} have faster ones")
 
     def project(self, layer: int, hidden: Tensor) -> Tensor:
         """Queries, keys and values of `hidden` `[N, hidden]`, before norms and RoPE: `[N, (H + 2 * Hkv) * D]`."""
