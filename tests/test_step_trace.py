@@ -23,7 +23,9 @@ def test_a_trace_shows_the_steps_and_changes_no_token(
     prompt, file = random_prompts(60)[0], tmp_path / "trace.json"
     new = 1 + SKIPPED_STEPS + TRACED_STEPS + 1
     with OffloadedGenerator.from_pretrained(
-        str(tmp_path), config=OffloadConfig(max_context=1024), device=device
+        str(tmp_path),
+        config=OffloadConfig(max_context=1024, sink_tokens=2, recent_tokens=4, token_budget=16),
+        device=device,
     ) as gen:
         plain = gen.generate(prompt, max_new_tokens=new)
         traced = gen.generate(prompt, max_new_tokens=new, trace=file)
