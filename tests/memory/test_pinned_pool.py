@@ -101,7 +101,7 @@ def test_a_refusal_is_one_line_with_cause_cost_and_cure_and_leaves_the_rest(driv
         limit = memlock_limit()
         memlock = "unlimited" if limit is None else f"{limit // 1024:,} KiB"
         assert f"memlock is {memlock}" in text and "CUDA error 2" in text
-        assert "cannot read" in text and "ulimit -l unlimited" in text and "--ulimit memlock=-1" in text
+        assert "cannot read it in place" in text and "ulimit -l unlimited" in text and "--ulimit memlock=-1" in text
         assert "\n" not in text
         assert pool.nbytes == pool.pinned_bytes == 16 * PAGE and bool((kept == 7).all())
         assert pool.allocate(4 * PAGE).numel() == 4 * PAGE
