@@ -61,7 +61,7 @@ class StagedRows:
         staged = self._pageable(tokens)
         if counts is not None:
             staged &= torch.arange(tokens.shape[2], device=tokens.device) < counts[..., None]
-        gather_rows(self._table, layer, tokens.masked_fill(staged, -1), slots, out, counts)
+        gather_rows(self._table, layer, tokens.masked_fill(staged, -1), slots, out, counts, timer)
         # Which rows they are is known to the device alone: the host waits for it here.
         b, h, n = staged.nonzero(as_tuple=True)
         if len(n):
