@@ -24,7 +24,8 @@ class DecodeLoop:
     the second is captured, and from then on a step is a replay. Lengths, budgets, tokens
     and RoPE go in through fixed buffers; the only thing the host waits for is the
     sampled token. A model whose layers decide on the host what to run (a mixture of
-    experts) runs every step eagerly. On a CPU each step is as wide as it needs to be.
+    experts) runs every step eagerly, and so does one whose store is staged. On a CPU each
+    step is as wide as it needs to be.
 
     Attributes:
         capture_s: Seconds that capturing the graph took; None without one.
@@ -64,9 +65,12 @@ class DecodeLoop:
         if self._fixed is None:
             self._fixed = _StepBuffers(len(tokens), context, decoder)
         self._fixed.fill(tokens, lengths, keep)
+        if context.store.staged:
+            # Rows come by way of the host from now on, also where only the newest segment is not page-locked.
+            self._graph = None
         if self._graph is not None:
             self._graph.replay()
-        elif self._warm and decoder.capturable:
+        elif self._warm and decoder.capturable and not context.store.staged:
             self._capture()
         else:
             self._logits = self._layers(self._fixed.tokens, self._fixed.step, self._fixed.rope)
@@ -122,14 +126,14 @@ class DecodeLoop:
 class _StepBuffers:
     """Where a graph finds a step's tokens, lengths and budgets, and RoPE where the step does not compute it.
 
-    Filled on the compute stream in front of the replay that reads them. The pinned
-    staging is free again when the host has read the step's logits.
+    Filled on the compute stream in front of the replay that reads them. The staging,
+    pinned unless the driver has refused to pin the store, is free again when the host has read the step's logits.
     """
 
     def __init__(self, sequences: int, context: KVContext, decoder: DecoderStack) -> None:
         self._decoder = decoder
         self._window = context.window
-        self._staging = torch.zeros(6, sequences, dtype=torch.int64, pin_memory=True)
+        self._staging = torch.zeros(6, sequences, dtype=torch.int64, pin_memory=not context.store.staged)
         self._values = torch.zeros(6, sequences, dtype=torch.int64, device=decoder.device)
         self.tokens = self._values[0]
         lengths, positions, past, keep, keep_ahead = self._values[1:]

@@ -12,7 +12,7 @@ from ds_offload.memory.pinned_pool import PinnedPool
 class HiddenStates:
     """Hidden states `[T, hidden]` of the model's dtype; use as a context manager.
 
-    On the host they lie in page-locked memory and pass the device a piece at a time, on
+    On the host they lie in page-locked memory, where the driver allows it, and pass the device a piece at a time, on
     the compute stream: a piece must be saved before it is loaded again. Who reads `whole`
     waits for the device first.
 
@@ -28,7 +28,9 @@ class HiddenStates:
         self._pool: PinnedPool | None = None
         shape = (tokens, decoder.hidden_size)
         if on_host and decoder.device.type == "cuda":
-            self._pool = PinnedPool(decoder.device)
+            self._pool = PinnedPool(
+                decoder.device, "the prompt's hidden states stay pageable, and the prefill waits for their copies"
+            )
             try:
                 block = self._pool.allocate(tokens * decoder.hidden_size * decoder.dtype.itemsize)
             except BaseException:

@@ -26,6 +26,12 @@ from ds_offload.prefetch.scheduler import PrefetchScheduler
 from ds_offload.prefetch.selection import Selector, Step
 from ds_offload.prefetch.streams import Faults, Streams
 
+# What the user is told where the driver refuses to lock more of the K/V.
+_PAGEABLE_COST = (
+    "the rest of the K/V stays pageable: the CPU copies its rows through a small buffer, and tokens take longer, "
+    "with no CUDA graph"
+)
+
 
 class KVContext:
     """K/V store, labels, hot set, streams and scheduler of B sequences; use as a context manager.
@@ -51,7 +57,7 @@ class KVContext:
         self._scaling = decoder.scaling
         self._device = decoder.device
         self._dense_layers = frozenset(config.dense_layers)
-        self._pool = PinnedPool(decoder.device)
+        self._pool = PinnedPool(decoder.device, _PAGEABLE_COST)
         sequences, longest = len(capacities), max(capacities)
         offloaded = [n for n in range(decoder.layers) if n not in self._dense_layers]
         dtype = torch_dtype(config.kv_dtype)
@@ -127,8 +133,8 @@ class KVContext:
 
     @property
     def pinned_bytes(self) -> int:
-        """Page-locked bytes of the store."""
-        return self._pool.pinned_bytes
+        """Page-locked bytes of the store, and of the ring through which pageable rows pass."""
+        return self._pool.pinned_bytes + self.store.ring_bytes
 
     @property
     def host_bytes(self) -> int:
@@ -140,7 +146,7 @@ class KVContext:
         try:
             self._pool.close()
         finally:
-            self.store.table.tensors.clear()
+            self.store.close()
             self._dense.clear()
 
     def reserve(self, sequence: int, tokens: int) -> None:

@@ -13,6 +13,7 @@ from ds_offload.kernels.gather import gather_rows
 from ds_offload.kernels.segment_table import SegmentTable
 from ds_offload.kernels.slot_attention import StoredRows
 from ds_offload.memory.pinned_pool import PinnedPool
+from ds_offload.memory.staged_rows import StagedRows
 
 
 class KVStore:
@@ -20,7 +21,9 @@ class KVStore:
 
     A row is K and V of one token of one KV head: `2 * D` elements in one read. Every
     sequence grows by segments of its own, so unequal lengths waste less than one
-    segment each. On the host the segments are blocks of `pool`, page-locked for CUDA.
+    segment each. On the host the segments are blocks of `pool`, page-locked for CUDA. From
+    the first one on that the driver refuses to lock the store is staged: rows of pageable
+    segments pass through a ring of buffers (`StagedRows`), and the host waits for them.
 
     Hand-overs: the caller orders writers and readers; `append` and `write_prompt` run
     on the current stream, and a row may be gathered on another one only after an
@@ -53,6 +56,7 @@ class KVStore:
         self._shape = (len(self._index), kv_heads, segment_tokens, 2, head_dim)
         self._capacity = [0] * sequences
         self._ahead = 0
+        self._staged: StagedRows | None = None
         most = -(-max_tokens // segment_tokens)
         self._addresses = torch.zeros(sequences, most, dtype=torch.int64, device=device)
         self.table = SegmentTable([[] for _ in range(sequences)], self._addresses, segment_tokens)
@@ -69,6 +73,22 @@ class KVStore:
     def nbytes(self) -> int:
         """Bytes of all segments."""
         return sum(segment.nbytes for segments in self.table.tensors for segment in segments)
+
+    @property
+    def staged(self) -> bool:
+        """Whether some segment is pageable: reading and writing waits for the host then, and no graph may hold it."""
+        return self._staged is not None
+
+    @property
+    def ring_bytes(self) -> int:
+        """Page-locked bytes of the ring through which rows of pageable segments pass; 0 without one."""
+        return self._staged.ring.pinned_bytes if self._staged is not None else 0
+
+    def close(self) -> None:
+        """Let go of segments and ring. The pool's memory is the pool's; it waits for the device before it goes."""
+        self.table.tensors.clear()
+        if self._staged is not None:
+            self._staged.ring.close()
 
     @property
     def _segment_bytes(self) -> int:
@@ -107,8 +127,12 @@ class KVStore:
         segments = self.table.tensors[sequence]
         while self._capacity[sequence] < tokens:
             segment = self._allocate()
-            # A pageable source makes this copy wait for nothing and return when done.
-            self._addresses[sequence, len(segments)] = segment.data_ptr()
+            if self._pool is not None and self._pool.left_pageable(segment):
+                self._staged = self._staged or StagedRows(self.table, self.device)
+                self._staged.add(sequence, len(segments), segment)
+            else:
+                # A pageable source makes this copy wait for nothing and return when done.
+                self._addresses[sequence, len(segments)] = segment.data_ptr()
             segments.append(segment)
             self._capacity[sequence] += self.table.segment_tokens
 
@@ -119,16 +143,21 @@ class KVStore:
         """
         rows = rows.to(self.dtype)
         begin = 0
+        staged: list[tuple[Tensor, Tensor]] = []
         for number, first, last in self._spans(start, start + rows.shape[1]):
             target = self.table.tensors[sequence][number][self._index[layer], :, first:last]
             source = rows[:, begin : begin + last - first]
             begin += last - first
-            if self._pool is None or rows.device.type == "cpu":
+            if self._staged is not None and self._staged.holds(sequence, number):
+                staged += zip(source, target, strict=True)
+            elif self._pool is None or rows.device.type == "cpu":
                 target.copy_(source)
             else:
                 # One contiguous copy a head: a strided one would be staged on the host.
                 for to, of in zip(target, source, strict=True):
                     to.copy_(of, non_blocking=True)
+        if self._staged is not None and staged:
+            self._staged.ring.to_host(staged)
 
     def prompt_shape(self, tokens: int) -> tuple[int, int, int, int]:
         """`[Hkv, T, 2, D]` of a layer's rows of T tokens."""
@@ -146,15 +175,20 @@ class KVStore:
         The copies run on the current stream; one a head and segment, so that none waits for the host.
         """
         begin = 0
+        staged: list[tuple[Tensor, Tensor]] = []
         for number, first, last in self._spans(start, start + out.shape[1]):
             rows = self.table.tensors[sequence][number][self._index[layer], :, first:last]
             target = out[:, begin : begin + last - first]
-            if self._pool is None or out.device.type == "cpu":
+            begin += last - first
+            if self._staged is not None and self._staged.holds(sequence, number):
+                staged += zip(rows, target, strict=True)
+            elif self._pool is None or out.device.type == "cpu":
                 target.copy_(rows)
             else:
                 for to, of in zip(target, rows, strict=True):
                     to.copy_(of, non_blocking=True)
-            begin += last - first
+        if self._staged is not None and staged:
+            self._staged.ring.to_device(staged)
 
     def append(self, positions: Tensor, rows: Tensor, layer: int | None = None) -> None:
         """Store tokens at `positions` `[B]` int64, on the current stream.
@@ -162,7 +196,11 @@ class KVStore:
         Args:
             rows: `[N, B, Hkv, 2, D]` of the store's dtype, of every layer in order, or of `layer` alone.
         """
-        append_rows(self.table, 0 if layer is None else self._index[layer], positions, rows)
+        first = 0 if layer is None else self._index[layer]
+        if self._staged is not None:
+            self._staged.append(first, positions, rows)
+        else:
+            append_rows(self.table, first, positions, rows)
 
     def gather(
         self,
@@ -174,7 +212,10 @@ class KVStore:
         timer: Tensor | None = None,
     ) -> None:
         """Copy rows of `tokens` `[B, Hkv, K]` to `slots` of `out` `[B, Hkv, C, 2, D]`; see `gather_rows`."""
-        gather_rows(self.table, self._index[layer], tokens, slots, out, counts, timer)
+        if self._staged is not None:
+            self._staged.gather(self._index[layer], tokens, slots, out, counts, timer)
+        else:
+            gather_rows(self.table, self._index[layer], tokens, slots, out, counts, timer)
 
     def stored_rows(self, layer: int) -> StoredRows:
         """A layer's rows for attention that reads them where they lie, on the device."""

@@ -19,11 +19,16 @@ from torch import Tensor
 from ds_offload.errors import MemoryPlanError
 from ds_offload.machine.host_memory import memlock_limit
 from ds_offload.machine.numa import place_near
+from ds_offload.notices import warn
 
 _TOUCH_THREADS = 16
 _PAGE = mmap.PAGESIZE
 # A refused block is registered in halves down to pieces of this size.
-_SMALLEST_PIECE = 64 << 20
+_SMALLEST_PIECE = 8 << 20
+_CURE = (
+    "to have it locked run `ulimit -l unlimited` first, start docker with --ulimit memlock=-1, give WSL more memory "
+    "in .wslconfig, free host memory, or shorten the context"
+)
 
 
 @dataclass(eq=False)
@@ -52,10 +57,20 @@ class PinnedPool:
     An anonymous mapping touched by several threads and then registered is ready about
     twice as fast as `torch.empty(..., pin_memory=True)`, and is not rounded up to a
     power of two. On a machine with several NUMA nodes it is placed on the GPU's.
+
+    Args:
+        device: The device that computes.
+        pageable_cost: What it costs to go on with blocks that the driver refuses to
+            page-lock, for the one warning that says so. The first refused block and all
+            later ones are left pageable then. None: a refusal is an error.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, pageable_cost: str | None = None) -> None:
         self._device = device
+        self._pageable_cost = pageable_cost
+        # Why no more is registered; said once, by the thread that calls the pool.
+        self._refused: str | None = None
+        self._warned = False
         self._pin = device.type == "cuda"
         self._blocks: list[_Block] = []
         self._ahead: dict[tuple[int, int | None], deque[Future[_Block]]] = {}
@@ -78,6 +93,10 @@ class PinnedPool:
     def pinned_bytes(self) -> int:
         """Bytes held and page-locked now."""
         return sum(size for block in list(self._blocks) for _, size in list(block.pieces))
+
+    def left_pageable(self, block: Tensor) -> bool:
+        """Whether a block of this pool should be page-locked and is not, so that no kernel may read it in place."""
+        return self._pin and any(held.address == block.data_ptr() and not held.pieces for held in list(self._blocks))
 
     def prepare(self, nbytes: int, *, blocks: int = 1, grain: int | None = None) -> None:
         """Start making blocks on a background thread; `allocate` with the same arguments takes them, first come first.
@@ -106,17 +125,21 @@ class PinnedPool:
             grain: Where the driver refuses to register the block as a whole, it is
                 registered in pieces that end at multiples of `grain` bytes: a copy between
                 host and device must not cross one. Kernels that read the block in place
-                may. None: copies may be anywhere, and a refusal is final.
+                may. None: copies may be anywhere, and the block is not split.
 
         Raises:
             ValueError: `nbytes` or `grain` below 1.
             MemoryError: The host has no such block.
-            MemoryPlanError: The driver refused to page-lock it. The block is gone, the
-                CUDA error is cleared, and what was allocated before is untouched.
+            MemoryPlanError: The driver refused to page-lock it, and the pool has no
+                `pageable_cost`. The block is gone, the CUDA error is cleared, and what was
+                allocated before is untouched.
         """
         key = (_whole_pages(nbytes), _checked_grain(grain))
         queue = self._ahead.get(key)
         block = queue.popleft().result() if queue else self._make(*key, self._stopping)
+        if self._refused is not None and not self._warned:
+            self._warned = True
+            warn(self._refused)
         return torch.frombuffer(block.memory, dtype=torch.uint8, count=nbytes)
 
     def close(self) -> None:
@@ -150,14 +173,15 @@ class PinnedPool:
             _touch(block.address, size)
             if stopping.is_set():
                 raise CancelledError
-            self._register(block, grain)
+            if self._refused is None:
+                self._register(block, grain)
         except BaseException:
             self._release(block)
             raise
         return block
 
     def _register(self, block: _Block, grain: int | None) -> None:
-        """Page-lock a block as a whole, or in the largest pieces that the driver takes."""
+        """Page-lock a block as a whole, or in the largest pieces that the driver takes, or not at all."""
         step = block.size if grain is None else math.lcm(grain, _PAGE)
         pending = [(block.address, block.size)]
         while pending:
@@ -168,14 +192,24 @@ class PinnedPool:
                 continue
             block.pieces.pop()
             half = size // 2 // step * step
-            if half < _SMALLEST_PIECE:
-                raise MemoryPlanError(_refusal(block.size, self.pinned_bytes, code))
-            pending += [(address + half, size - half), (address, half)]
+            if half >= _SMALLEST_PIECE:
+                pending += [(address + half, size - half), (address, half)]
+                continue
+            refusal = _refusal(block.size, self.pinned_bytes, code)
+            if self._pageable_cost is None:
+                raise MemoryPlanError(f"{refusal}; the GPU cannot read it in place then; {_CURE}")
+            # A copy must not cross from memory that is registered to memory that is not.
+            self._unregister(block)
+            self._refused = f"{refusal}; {self._pageable_cost}; {_CURE}"
+            return
 
-    def _release(self, block: _Block) -> None:
+    def _unregister(self, block: _Block) -> None:
         for address, _ in block.pieces:
             _unregister(self._device, address)
         block.pieces.clear()
+
+    def _release(self, block: _Block) -> None:
+        self._unregister(block)
         # Tensors over the block may outlive this, in the frames of an exception for one: the pages must not.
         if hasattr(mmap, "MADV_REMOVE"):
             with contextlib.suppress(OSError):
@@ -250,14 +284,12 @@ def _cuda_runtime() -> ctypes.CDLL | None:
 
 
 def _refusal(size: int, held: int, code: int) -> str:
-    """One line: what was refused and why, what it costs, what to do."""
+    """What was refused, and why."""
     limit = memlock_limit()
     memlock = "unlimited" if limit is None else f"{limit / 2**10:,.0f} KiB"
     return (
         f"the driver refused to page-lock {size / 2**20:.0f} MiB of host memory after {held / 2**30:.2f} GiB "
-        f"({_error_text(code)}; memlock is {memlock}); the GPU cannot read a KV cache that is not locked; "
-        "run `ulimit -l unlimited` first, start docker with --ulimit memlock=-1, free host memory, "
-        "or shorten the context"
+        f"({_error_text(code)}; memlock is {memlock})"
     )
 
 

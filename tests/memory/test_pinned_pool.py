@@ -101,11 +101,42 @@ def test_a_refusal_is_one_line_with_cause_cost_and_cure_and_leaves_the_rest(driv
         limit = memlock_limit()
         memlock = "unlimited" if limit is None else f"{limit // 1024:,} KiB"
         assert f"memlock is {memlock}" in text and "CUDA error 2" in text
-        assert "cannot read" in text and "ulimit -l unlimited" in text and "--ulimit memlock=-1" in text
+        assert "cannot read it in place" in text and "ulimit -l unlimited" in text and "--ulimit memlock=-1" in text
         assert "\n" not in text
         assert pool.nbytes == pool.pinned_bytes == 16 * PAGE and bool((kept == 7).all())
         assert pool.allocate(4 * PAGE).numel() == 4 * PAGE
     assert pool.nbytes == 0
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_with_a_cost_to_name_the_pool_goes_on_with_pageable_blocks_and_says_so_once(
+    ahead: bool, driver: FakeDriver, capsys: pytest.CaptureFixture[str]
+) -> None:
+    driver.refuses = lambda size, held: held + size > 40 * PAGE
+    with PinnedPool(CUDA, "rows take a detour") as pool:
+        if ahead:
+            pool.prepare(16 * PAGE, blocks=5, grain=PAGE)
+        blocks = [pool.allocate(16 * PAGE, grain=PAGE) for _ in range(5)]
+        assert [pool.left_pageable(block) for block in blocks] == [False, False, True, True, True]
+        assert pool.nbytes == 80 * PAGE
+        # A block is registered whole or not at all, and nothing is tried behind the first refusal.
+        assert pool.pinned_bytes == sum(driver.registered.values()) == 32 * PAGE
+        tried = len(driver.threads)
+        for number, block in enumerate(blocks):
+            assert not block.any()
+            block.fill_(number + 1)
+        assert pool.left_pageable(pool.allocate(PAGE)) and len(driver.threads) == tried
+        assert [int(block.unique()) for block in blocks] == [1, 2, 3, 4, 5]
+        lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "CUDA error 2" in lines[0] and "memlock is" in lines[0] and "rows take a detour" in lines[0]
+    assert "ulimit -l unlimited" in lines[0]
+    assert pool.nbytes == pool.pinned_bytes == 0
+
+
+def test_on_a_cpu_no_block_counts_as_pageable() -> None:
+    with PinnedPool(CPU, "never said") as pool:
+        assert not pool.left_pageable(pool.allocate(PAGE))
 
 
 def test_a_block_that_is_refused_as_a_whole_is_registered_in_pieces_of_whole_grains(driver: FakeDriver) -> None:
