@@ -110,7 +110,7 @@ def check_numa(device: torch.device | None, root: Path = Path("/")) -> Check:
 
 
 def check_huge_pages(root: Path = Path("/")) -> Check:
-    """Transparent huge pages, for private memory and for shared memory, as which the pinned pool is mapped."""
+    """Transparent huge pages, for private memory, as which the pinned pool is mapped, and for shared memory."""
     folder = root / "sys/kernel/mm/transparent_hugepage"
     private, shared = (_chosen(folder / name) for name in ("enabled", "shmem_enabled"))
     if private is None:
