@@ -11,6 +11,7 @@ from ds_offload.config import OffloadConfig
 from ds_offload.decoder import DecoderStack
 from ds_offload.kv_context import KVContext
 from ds_offload.memory.plan import MemoryPlan
+from ds_offload.monitor import FidelityMonitor
 from ds_offload.prefetch.traffic import Traffic
 
 
@@ -52,8 +53,13 @@ class RunStatistics:
         # Sampling has read the step's logits, so the device is done with it.
         self._decode_s = time.perf_counter() - self._started
 
-    def finish(self, context: KVContext, capture_s: float | None) -> None:
-        """The last token is there and the context still is; `capture_s` is what the CUDA graph took."""
+    def finish(self, context: KVContext, capture_s: float | None, monitor: FidelityMonitor | None = None) -> None:
+        """The last token is there and the context still is; `capture_s` is what the CUDA graph took.
+
+        The time that `monitor` took is not a step's.
+        """
+        if monitor is not None:
+            self._decode_s -= monitor.seconds
         layers = context.scheduler.traffic()
         traffic = Traffic.total(layers)
         link = context.scheduler.timer.total()
@@ -72,6 +78,7 @@ class RunStatistics:
             "stall_ms_per_token": _milliseconds(sum(link.stall), self._steps) if link else None,
             "hot_set_hit_rate": traffic.hit_rate if hot else None,
             "prefetch_recall": traffic.recall,
+            "monitor": monitor.summary() if monitor is not None else None,
             "mean_density": self._density / self._steps if self._steps else None,
             "gpu_peak_bytes": torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0,
             "gpu_planned_bytes": self._planned,

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ds_offload.cli.config_options import config_options
-from ds_offload.cli.figures import figures_line
+from ds_offload.cli.figures import figures_line, monitor_line
 from ds_offload.cli.option_groups import CheckpointOption, ModelOptions, model_options, sampling_options
 from ds_offload.cli.progress import ProgressReport
 from ds_offload.cli.text_source import read_prompt
 from ds_offload.config import OffloadConfig
 from ds_offload.errors import InputError
-from ds_offload.notices import notice
+from ds_offload.notices import notice, warn
 
 if TYPE_CHECKING:
     from ds_offload.generator import OffloadedGenerator
@@ -140,3 +140,8 @@ def answer(
         sys.stdout.write("\n")
         sys.stdout.flush()
     notice(figures_line(output))
+    monitor = output.stats.get("monitor")
+    if monitor is not None:
+        notice(monitor_line(monitor))
+        if monitor["warning"] is not None:
+            warn(monitor["warning"])
