@@ -24,17 +24,19 @@ class AttentionFidelity:
     Attributes:
         attention_mass: Exact attention weight of the attended tokens, mean over query heads.
         best_mass: The same of the best selection of as many tokens: the exact top-k of a KV head.
+        window_mass: The same of sinks, recent window and current token, which are always attended.
         output_error: |sparse - exact| / |exact| of the output, mean over query heads.
         selection_recall: Share of that exact top-k that was selected; None where nothing is selected.
     """
 
     attention_mass: float
     best_mass: float
+    window_mass: float
     output_error: float
     selection_recall: float | None
 
 
-FIGURES = ("attention_mass", "best_mass", "output_error", "selection_recall")
+FIGURES = ("attention_mass", "best_mass", "window_mass", "output_error", "selection_recall")
 
 
 class FidelitySums:
@@ -96,10 +98,11 @@ def compare_attention(
     forced = grouped[:, : min(window.sinks, length)].sum(-1) + grouped[:, first:length].sum(-1)
     output = attended.output[sequence].float().view_as(exact)
     error = ((output - exact).norm(dim=-1) / exact.norm(dim=-1)).mean()
-    masses = [(forced + _weight_of(grouped, chosen)).mean() / query.shape[1] for chosen in (tokens, best)]
+    chosen = (_weight_of(grouped, tokens), _weight_of(grouped, best), torch.zeros_like(forced))
+    masses = [(forced + weight).mean() / query.shape[1] for weight in chosen]
     found, there = _common(tokens, best, step.max_length)
-    mass, most, error_, hits, count = torch.stack([*masses, error, found.float(), there.float()]).tolist()
-    return AttentionFidelity(mass, most, error_, hits / count if count else None)
+    *figures, hits, count = torch.stack([*masses, error, found.float(), there.float()]).tolist()
+    return AttentionFidelity(*figures, hits / count if count else None)
 
 
 def compare_step(decoder: DecoderStack, context: KVContext, step: Step, lengths: list[int], sums: FidelitySums) -> None:

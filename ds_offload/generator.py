@@ -270,8 +270,8 @@ class OffloadedGenerator:
                 pieces = [""] * len(sequences)
                 for n in running:
                     pieces[n] = sequences[n].take(logits[n], keep_logits)
+                statistics.stepped(context, lengths, monitor.seconds)
                 monitor.stepped(context, loop, lengths, running)
-                statistics.stepped(context, lengths)
                 trace.step()
                 if on_progress is not None:
                     on_progress("decode", max(len(sequence.tokens) for sequence in sequences), longest)

@@ -16,8 +16,10 @@ from ds_offload.kv_context import KVContext
 
 # Below this share of the exact attention weight a run is warned about: see docs/fidelity.md.
 LEAST_MASS = 0.6
-# Below this share of what the best selection of as many tokens would capture, the labels are to blame.
-LEAST_OF_BEST = 0.8
+# Of the weight that the best selection of as many tokens adds to the window's, the least share that the labels must
+# find, where what they miss is more than `LEAST_MISSED` of all weight.
+LEAST_FOUND = 0.65
+LEAST_MISSED = 0.05
 # Comparisons that a verdict needs: layers differ.
 LEAST_COMPARISONS = 2
 
@@ -124,30 +126,30 @@ class FidelityMonitor:
         if self._recent.comparisons < LEAST_COMPARISONS:
             return None
         figures = self._recent.figures()
-        mass, best = figures["attention_mass"], figures["best_mass"]
-        if mass >= LEAST_MASS and mass >= LEAST_OF_BEST * best:
-            return None
-        seen = f"attention captured {100 * mass:.0f} % of the exact weight"
-        if mass >= LEAST_OF_BEST * best:
-            return f"{seen}, and no other selection of {self._budget} captures much more; set {self._wider()}"
-        return f"{seen}, and the best selection of as many tokens {100 * best:.0f} %; set {self._finer()}"
+        mass, best, window = (figures[name] for name in ("attention_mass", "best_mass", "window_mass"))
+        seen = f"attention captures {100 * mass:.0f} % of the exact weight"
+        if best - mass > LEAST_MISSED and mass - window < LEAST_FOUND * (best - window):
+            best_seen = f"the best selection at {self._budget} {100 * best:.0f} %"
+            return f"{seen}, and {best_seen}: the labels miss it; {self._finer()}"
+        if mass < LEAST_MASS:
+            return f"{seen}, and the best selection at {self._budget} no more than {100 * best:.0f} %; {self._wider()}"
+        return None
 
     def _wider(self) -> str:
         budget = TokenBudget.parse(self._budget)
         if budget.top_p is not None:
-            return "a count or a fraction over 1/4 as --token-budget"
-        return f"--token-budget {budget.scaled(Fraction(2))}"
+            return "set --token-budget 1/2"
+        return f"set --token-budget {budget.scaled(Fraction(2))}"
 
     def _finer(self) -> str:
         config = self._config
-        ways = []
+        way = "set --calibration to one of a text like this (`ds-offload calibrate --data`)"
         if config.prefetch == "speculative":
-            ways.append("--prefetch exact")
+            way = "set --prefetch exact"
         elif config.label_bits < LABEL_BITS[0]:
             bits = min(bits for bits in LABEL_BITS if bits > config.label_bits)
-            ways.append(f"--label-bits {bits} --label-channels {config.label_channels}")
-        ways.append("--calibration of a text like this one (`ds-offload calibrate --data`)")
-        return " or ".join([*ways, self._wider()])
+            way = f"set --label-bits {bits} --label-channels {config.label_channels}, or {way.removeprefix('set ')}"
+        return f"{way}, or {self._wider().removeprefix('set ')}"
 
 
 def _spread(layers: list[int]) -> list[int]:

@@ -43,23 +43,18 @@ class RunStatistics:
         self._figures["prefill_s"] = now - self._started
         self._started = now
 
-    def stepped(self, context: KVContext, lengths: list[int]) -> None:
-        """One decode step has given its tokens."""
+    def stepped(self, context: KVContext, lengths: list[int], between_s: float = 0.0) -> None:
+        """One decode step has given its tokens; `between_s` seconds were spent between steps so far, not in them."""
         self._steps += 1
         self._sequences = len(lengths)
         shares = [context.kept_tokens(length) / length for length in lengths]
         sparse = sum(shares) / len(shares)
         self._density += (sparse * (self._layers - self._dense) + self._dense) / self._layers
         # Sampling has read the step's logits, so the device is done with it.
-        self._decode_s = time.perf_counter() - self._started
+        self._decode_s = time.perf_counter() - self._started - between_s
 
     def finish(self, context: KVContext, capture_s: float | None, monitor: FidelityMonitor | None = None) -> None:
-        """The last token is there and the context still is; `capture_s` is what the CUDA graph took.
-
-        The time that `monitor` took is not a step's.
-        """
-        if monitor is not None:
-            self._decode_s -= monitor.seconds
+        """The last token is there and the context still is; `capture_s` is what the CUDA graph took."""
         layers = context.scheduler.traffic()
         traffic = Traffic.total(layers)
         link = context.scheduler.timer.total()
