@@ -101,8 +101,9 @@ def compare_attention(
     chosen = (_weight_of(grouped, tokens), _weight_of(grouped, best), torch.zeros_like(forced))
     masses = [(forced + weight).mean() / query.shape[1] for weight in chosen]
     found, there = _common(tokens, best, step.max_length)
-    *figures, hits, count = torch.stack([*masses, error, found.float(), there.float()]).tolist()
-    return AttentionFidelity(*figures, hits / count if count else None)
+    figures = torch.stack([*masses, error, found.float(), there.float()])
+    mass, best_mass, window_mass, output_error, hits, count = figures.tolist()
+    return AttentionFidelity(mass, best_mass, window_mass, output_error, hits / count if count else None)
 
 
 def compare_step(decoder: DecoderStack, context: KVContext, step: Step, lengths: list[int], sums: FidelitySums) -> None:

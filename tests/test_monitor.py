@@ -213,6 +213,19 @@ def test_a_number_of_steps_is_kept_to() -> None:
     assert [step for step, count in enumerate(due, 1) if count] == [5, 10, 15, 20]
 
 
+@pytest.mark.parametrize("budget", ["1/8", "top-p:0.5"])
+def test_kept_tokens_are_counted(budget: str, concentrated: Path) -> None:
+    with make(concentrated, token_budget=budget, dense_layers=(1,)) as gen:
+        stats = gen.generate(random_prompts(300)[0], max_new_tokens=NEW).stats
+    first, dense, last = stats["layers"]["kept_tokens"]
+    assert dense is None and stats["kept_tokens"] == pytest.approx((first + last) / 2)
+    # Steps see 301 to 311 tokens.
+    if budget == "1/8":
+        assert first == last == pytest.approx(306 / 8, abs=1)
+    else:
+        assert 7 <= first < 60 and 7 <= last < 60, "fewer than the cap of 1/4"
+
+
 def test_a_top_p_budget_is_not_widened() -> None:
     with pytest.raises(InputError, match=r"monitor='widen'.*top-p:0.9.*monitor='warn'"):
         OffloadConfig(token_budget="top-p:0.9", monitor="widen")

@@ -139,9 +139,9 @@ def answer(
     if not output.text.endswith("\n"):
         sys.stdout.write("\n")
         sys.stdout.flush()
-    notice(figures_line(output))
-    monitor = output.stats.get("monitor")
+    monitor = output.stats["monitor"]
     if monitor is not None:
         notice(monitor_line(monitor))
-        if monitor["warning"] is not None:
-            warn(monitor["warning"])
+    notice(figures_line(output))
+    if monitor is not None and monitor["warning"] is not None:
+        warn(monitor["warning"])
