@@ -14,6 +14,8 @@ from ds_offload.errors import InputError
 LABEL_BITS = (16, 8, 4, 2)
 KV_DTYPES = ("auto", "bf16", "fp16", "fp32")
 TOP_P_CAP = Fraction(1, 4)
+# By which `monitor="widen"` raises the budget, one after the other; memory is planned for the last.
+WIDENINGS = (Fraction(3, 2), Fraction(2))
 # What `hot_set` is chosen from, the largest that fits. At 4 x the budget a step of text finds 98 to 99 % of its rows on
 # the device, at 2 x 94 to 98 %; more than 4 x gains little.
 HOT_SETS = (4.0, 2.0, 1.25, 1.0)
@@ -103,6 +105,13 @@ class TokenBudget:
         share = self.fraction if self.fraction is not None else TOP_P_CAP
         return max(1, math.ceil(share * length))
 
+    def scaled(self, factor: Fraction) -> TokenBudget:
+        """A count or a fraction `factor` times as large, at most the whole context."""
+        if self.count is not None:
+            return TokenBudget(count=math.ceil(self.count * factor))
+        assert self.fraction is not None, "a top-p budget has no size to scale"
+        return TokenBudget(fraction=min(Fraction(1), self.fraction * factor))
+
     def __str__(self) -> str:
         if self.top_p is not None:
             return f"top-p:{self.top_p}"
@@ -149,6 +158,11 @@ class OffloadConfig:
         host_memory: The same for the host.
         calibration: File made by `ds-offload calibrate`; None finds or makes one.
         segment_tokens: Tokens by which the host store grows.
+        monitor: What to do while decoding where sparse attention, compared with exact attention
+            now and then, captures too little: "warn" at the end, "widen" the budget (to twice
+            its size, which is planned for) and warn if that is not enough, or "off" compares nothing.
+        monitor_every: Decode steps from one comparison to the next, whatever they cost; None is
+            as often as 1 % of the time allows.
 
     Raises:
         InputError: A value out of range, naming what was given and what is needed.
@@ -169,6 +183,8 @@ class OffloadConfig:
     host_memory: int | str | None = None
     calibration: str | None = None
     segment_tokens: int | str = 1024
+    monitor: Literal["warn", "widen", "off"] = "warn"
+    monitor_every: int | None = None
 
     def __post_init__(self) -> None:
         def fix(field: str, value: Any) -> None:
@@ -196,6 +212,14 @@ class OffloadConfig:
         if self.label_channels is not None:
             self._at_least("label_channels", 1)
         self._check_hot_set()
+        self._one_of("monitor", ("warn", "widen", "off"))
+        if self.monitor_every is not None:
+            self._at_least("monitor_every", 1)
+        if self.monitor == "widen" and self.budget.top_p is not None:
+            raise InputError(
+                f"monitor='widen' raises a budget that is a count or a fraction, and token_budget={self.token_budget} "
+                "is neither; use monitor='warn', or a budget such as 1/16"
+            )
         layers = self.dense_layers
         if isinstance(layers, str) or not all(
             isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in layers
@@ -231,6 +255,16 @@ class OffloadConfig:
     def budget(self) -> TokenBudget:
         """`token_budget`, parsed."""
         return TokenBudget.parse(self.token_budget)
+
+    @property
+    def widenings(self) -> tuple[TokenBudget, ...]:
+        """The budgets that `monitor` may raise the budget to, in order."""
+        return tuple(self.budget.scaled(factor) for factor in WIDENINGS) if self.monitor == "widen" else ()
+
+    @property
+    def widest_budget(self) -> TokenBudget:
+        """The largest budget that a step may have: memory is planned for it."""
+        return (self.budget, *self.widenings)[-1]
 
     def resolve(self, *, head_dim: int, layers: int, trained_context: int, kv_dtype: str) -> OffloadConfig:
         """The same config with every None and "auto" that a model decides filled in.

@@ -29,10 +29,12 @@ class DecodeLoop:
 
     Attributes:
         capture_s: Seconds that capturing the graph took; None without one.
+        last: The last step; valid until the next one.
     """
 
     def __init__(self, decoder: DecoderStack, context: KVContext) -> None:
         self.capture_s: float | None = None
+        self.last: Step | None = None
         self._decoder = decoder
         self._context = context
         self._cuda = decoder.device.type == "cuda"
@@ -96,6 +98,8 @@ class DecodeLoop:
         decoder, context, parts = self._decoder, self._context, self._parts
         assert parts is not None
         scheduler, streams = context.scheduler, context.streams
+        self.last = step
+        context.attended.clear()
         scheduler.begin(step)
         turn = rope if rope is not None else decoder.rotary(step.positions)
         with streams.producing("hidden", 0):

@@ -18,7 +18,8 @@ from ds_offload.generation import GenerationOutput, Sequence
 from ds_offload.kv_context import KVContext
 from ds_offload.loading import LoadedModel
 from ds_offload.memory_check import check_request, settle_config
-from ds_offload.notices import notice
+from ds_offload.monitor import FidelityMonitor
+from ds_offload.notices import notice, warn
 from ds_offload.planning.request import weight_bytes
 from ds_offload.prefetch.streams import Faults
 from ds_offload.prefill import ProgressCallback, prefill
@@ -148,6 +149,9 @@ class OffloadedGenerator:
         with StepTrace(trace, self.decoder.device) as steps:
             for _ in self._run(sequences, statistics, output_logits, on_progress, steps, kept):
                 pass
+        monitored = statistics.summary()["monitor"]
+        if monitored is not None and monitored["warning"] is not None:
+            warn(monitored["warning"])
         outputs = [sequence.output(statistics.summary()) for sequence in sequences]
         return outputs if is_batch(prompt) else outputs[0]
 
@@ -162,7 +166,8 @@ class OffloadedGenerator:
     ) -> Iterator[str]:
         """Answer one prompt piece by piece; `last_output` holds the whole when the iterator ends.
 
-        Takes what `generate` takes. Closing the iterator early frees the cache.
+        Takes what `generate` takes. Closing the iterator early frees the cache. A warning of
+        the monitor would break into the text; it is in `last_output.stats["monitor"]`.
 
         Raises:
             InputError: As `generate`, at the call, before the first piece.
@@ -254,7 +259,7 @@ class OffloadedGenerator:
                 pieces.append(sequence.take(logits, keep_logits))
             statistics.prefilled()
             yield pieces
-            loop = DecodeLoop(self.decoder, context)
+            loop, monitor = DecodeLoop(self.decoder, context), FidelityMonitor(self.decoder, self.config)
             longest = max(sequence.limit for sequence in sequences)
             while any(sequence.finish_reason is None for sequence in sequences):
                 # A finished sequence repeats its last step: it writes the same row at the same place.
@@ -265,9 +270,10 @@ class OffloadedGenerator:
                 pieces = [""] * len(sequences)
                 for n in running:
                     pieces[n] = sequences[n].take(logits[n], keep_logits)
-                statistics.stepped(context, lengths)
+                statistics.stepped(context, lengths, monitor.seconds)
+                monitor.stepped(context, loop, lengths, running)
                 trace.step()
                 if on_progress is not None:
                     on_progress("decode", max(len(sequence.tokens) for sequence in sequences), longest)
                 yield pieces
-            statistics.finish(context, loop.capture_s)
+            statistics.finish(context, loop.capture_s, monitor)

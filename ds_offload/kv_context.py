@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +34,21 @@ _PAGEABLE_COST = (
 )
 
 
+@dataclass(frozen=True)
+class Attended:
+    """A layer's attention in the last step, `[B, H, D]` each: valid until the next step begins.
+
+    Attributes:
+        query: The layer's query.
+        selected_by: The query whose label scores selected: the same, or a predicted one.
+        output: What attention gave.
+    """
+
+    query: Tensor
+    selected_by: Tensor
+    output: Tensor
+
+
 class KVContext:
     """K/V store, labels, hot set, streams and scheduler of B sequences; use as a context manager.
 
@@ -40,6 +56,10 @@ class KVContext:
         config: Resolved for the model.
         capacities: Most tokens (prompt and answer) of each sequence.
         faults: For the tests of the hand-overs.
+
+    Attributes:
+        attended: Of every layer in the store, its attention in the last step. The step's own tensors
+            are kept, which costs no time: those of a captured step hold each replay's values.
     """
 
     def __init__(
@@ -52,7 +72,10 @@ class KVContext:
     ) -> None:
         self.window = AttentionWindow(config.sink_tokens, config.recent_tokens)
         self.streams = Streams(decoder.device, faults)
+        self.attended: dict[int, Attended] = {}
         self._budget = config.budget
+        self._widenings = list(config.widenings)
+        self._widest = config.widest_budget
         self._capacities = capacities
         self._scaling = decoder.scaling
         self._device = decoder.device
@@ -146,6 +169,7 @@ class KVContext:
         try:
             self._pool.close()
         finally:
+            self.attended.clear()
             self.store.close()
             self._dense.clear()
 
@@ -219,7 +243,19 @@ class KVContext:
     @property
     def most_kept(self) -> int:
         """Most candidates any sequence ever keeps."""
-        return max(self.keep(self._capacities))
+        return max(self.window.selected(self._widest.tokens(capacity), capacity) for capacity in self._capacities)
+
+    @property
+    def token_budget(self) -> str:
+        """The budget of the next step, as `OffloadConfig.token_budget` writes it."""
+        return str(self._budget)
+
+    def widen(self) -> bool:
+        """Raise the budget of all layers by a step, if the plan has room for it, from the next step on."""
+        if not self._widenings:
+            return False
+        self._budget = self._widenings.pop(0)
+        return True
 
     def take(self, layer: int, projected: Tensor, rope: Rope, norms: HeadNorms | None, step: Step) -> Tensor:
         """Take in the current token of each sequence: its K/V, window slot and label.
@@ -269,7 +305,9 @@ class KVContext:
             each = [self._attend_dense(layer, n, query[n : n + 1], step) for n in range(len(query))]
             return torch.cat(each)
         kept = self.scheduler.keep(layer, query)
-        return slot_attention(query, kept.rows, kept.places, self._scaling)
+        output = slot_attention(query, kept.rows, kept.places, self._scaling)
+        self.attended[layer] = Attended(query, kept.selected_by, output)
+        return output
 
     def kept_tokens(self, length: int) -> int:
         """Tokens a KV head attends to at most in a context of `length` tokens."""

@@ -11,6 +11,7 @@ from ds_offload.config import OffloadConfig
 from ds_offload.decoder import DecoderStack
 from ds_offload.kv_context import KVContext
 from ds_offload.memory.plan import MemoryPlan
+from ds_offload.monitor import FidelityMonitor
 from ds_offload.prefetch.traffic import Traffic
 
 
@@ -25,6 +26,8 @@ class RunStatistics:
         self._steps = 0
         self._sequences = 1
         self._density = 0.0
+        self._kv_heads = decoder.kv_heads
+        self._forced = 0
         self._started = 0.0
         self._decode_s = 0.0
         self._planned = 0
@@ -42,17 +45,18 @@ class RunStatistics:
         self._figures["prefill_s"] = now - self._started
         self._started = now
 
-    def stepped(self, context: KVContext, lengths: list[int]) -> None:
-        """One decode step has given its tokens."""
+    def stepped(self, context: KVContext, lengths: list[int], between_s: float = 0.0) -> None:
+        """One decode step has given its tokens; `between_s` seconds were spent between steps so far, not in them."""
         self._steps += 1
         self._sequences = len(lengths)
+        self._forced += sum(context.window.forced(length) for length in lengths)
         shares = [context.kept_tokens(length) / length for length in lengths]
         sparse = sum(shares) / len(shares)
         self._density += (sparse * (self._layers - self._dense) + self._dense) / self._layers
         # Sampling has read the step's logits, so the device is done with it.
-        self._decode_s = time.perf_counter() - self._started
+        self._decode_s = time.perf_counter() - self._started - between_s
 
-    def finish(self, context: KVContext, capture_s: float | None) -> None:
+    def finish(self, context: KVContext, capture_s: float | None, monitor: FidelityMonitor | None = None) -> None:
         """The last token is there and the context still is; `capture_s` is what the CUDA graph took."""
         layers = context.scheduler.traffic()
         traffic = Traffic.total(layers)
@@ -64,6 +68,13 @@ class RunStatistics:
         def per_token(value: float) -> float | None:
             return value / tokens if tokens else None
 
+        # Selections are counted where they are admitted to the hot set.
+        kept = [
+            per_token(layer.selected / self._kv_heads + self._forced) if hot and n in context.store else None
+            for n, layer in enumerate(layers)
+        ]
+        counted = [count for count in kept if count is not None]
+
         self._figures |= {
             "decode_ms_per_token": 1000 * self._decode_s / self._steps if self._steps else None,
             "graph_capture_s": capture_s,
@@ -72,6 +83,8 @@ class RunStatistics:
             "stall_ms_per_token": _milliseconds(sum(link.stall), self._steps) if link else None,
             "hot_set_hit_rate": traffic.hit_rate if hot else None,
             "prefetch_recall": traffic.recall,
+            "monitor": monitor.summary() if monitor is not None else None,
+            "kept_tokens": sum(counted) / len(counted) if counted else None,
             "mean_density": self._density / self._steps if self._steps else None,
             "gpu_peak_bytes": torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0,
             "gpu_planned_bytes": self._planned,
@@ -88,6 +101,7 @@ class RunStatistics:
                 ],
                 "hot_set_hit_rate": [layer.hit_rate if hot else None for layer in layers],
                 "prefetch_recall": [layer.recall for layer in layers],
+                "kept_tokens": kept,
             },
         }
 

@@ -49,6 +49,14 @@ class StoredBlocks:
             with streams.producing("attended", number % 2):
                 pass
 
+    def after_step(self, layer: int, length: int) -> Iterator[Tensor]:
+        """The same between two decode steps, when the last one's rows are in the store for the compute stream."""
+        for number in range(2):
+            # Makes the prefetch stream wait for compute.
+            with self._context.streams.producing("attended", number):
+                pass
+        return self.layer(layer, length, 0)
+
     def _fetch(self, layer: int, number: int, length: int, staging: int) -> None:
         streams = self._context.streams
         with streams.on("prefetch"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -67,6 +69,12 @@ class LabelCache:
             kept = keys[:, chunk].gather(-1, channels[:, chunk])
             kept = kept.to(stored_as or kept.dtype).float() - mean
             encode_labels(kept, self.layout, out=self.rows[layer, :, first + chunk.start : first + chunk.stop])
+
+    def of(self, sequence: int) -> LabelCache:
+        """The labels of one of the sequences alone, to be scored: a view."""
+        one = copy.copy(self)
+        one.starts = self.starts[sequence : sequence + 1]
+        return one
 
     def layer(self, layer: int) -> LabelRows:
         """One layer's labels, as the kernel that takes in a new token wants them."""

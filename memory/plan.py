@@ -48,6 +48,7 @@ class CacheShape:
         look_ahead: Tokens of a KV head that are brought on the device for the next step, 0 for none.
         top_p: Whether scores are sorted to find how many tokens to keep.
         everything: Whether every candidate is kept, and nothing scored.
+        monitored: Whether attention is compared with exact attention between steps.
     """
 
     layers: int
@@ -74,6 +75,7 @@ class CacheShape:
     look_ahead: int
     top_p: bool
     everything: bool
+    monitored: bool
 
     @property
     def rows(self) -> int:

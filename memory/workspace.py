@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from ds_offload.kernels.label_scores import REFERENCE_BLOCK
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 256 * 2**20
 # One of the two buffers through which a streamed prefill reads stored K/V back.
 STREAM_BYTES = 64 * 2**20
+# One of the two buffers through which a layer's K/V are read back between two decode steps, to be compared with.
+_COMPARED_BYTES = 32 * 2**20
 # Segments of a prompt's rows that are handed to the writer at a time.
 WRITTEN_SEGMENTS = 16
 # Tokens whose labels are encoded at a time (`LabelCache.write_prompt`).
@@ -41,6 +44,11 @@ def piece_tokens(heads: int, head_dim: int) -> int:
 def stream_tokens(kv_heads: int, row_bytes: int) -> int:
     """Stored tokens that a piece attends to at a time: their rows fill a buffer of `STREAM_BYTES`."""
     return max(256, STREAM_BYTES // (kv_heads * row_bytes) // 64 * 64)
+
+
+def compared_tokens(kv_heads: int, row_bytes: int) -> int:
+    """Stored tokens that are read back at a time to compare a step's attention with exact attention."""
+    return max(256, _COMPARED_BYTES // (kv_heads * row_bytes) // 64 * 64)
 
 
 def prefill_mode(shape: CacheShape, room: int | None) -> PrefillMode:
@@ -110,8 +118,32 @@ def decode_bytes(shape: CacheShape) -> int:
     rows, sequences = shape.rows, len(shape.capacities)
     places = 2 * rows * (shape.window.forced_slots + shape.most_kept) * 8
     logits = sequences * shape.vocab_size * (4 + shape.dtype.itemsize)
+    # Queries and outputs of every layer, and the predicted queries, are there until the next step.
+    attended = (3 if shape.predicted else 2) * (shape.layers - shape.dense_layers) * sequences
+    attended *= shape.heads * shape.head_dim * shape.dtype.itemsize
     parts = _cuda_step(shape) if shape.cuda else _cpu_step(shape)
-    return places + logits + parts + max(_layer_bytes(shape, sequences), _dense_bytes(shape))
+    parts += max(_layer_bytes(shape, sequences), _dense_bytes(shape))
+    if shape.cuda:
+        # A captured step's memory is its own.
+        return attended + places + logits + parts + _comparison_bytes(shape)
+    return attended + places + logits + max(parts, _comparison_bytes(shape))
+
+
+def _comparison_bytes(shape: CacheShape) -> int:
+    """What comparing one layer of one sequence takes between two steps: `ds_offload/attention_fidelity.py`."""
+    if not shape.monitored or shape.everything:
+        return 0
+    longest, kv_heads = max(shape.capacities), shape.kv_heads
+    one = replace(shape, capacities=[longest], look_ahead=0, predicted=False)
+    selecting = _cuda_step(one) if shape.cuda else _cpu_step(one)
+    tokens = kv_heads * shape.most_kept * 8
+    block = min(longest, compared_tokens(kv_heads, shape.row_bytes))
+    # K or V as float32; scores, those less the highest, and weights.
+    read = kv_heads * block * (2 * shape.row_bytes + 4 * shape.head_dim) + 3 * 4 * shape.heads * block
+    # Weights of KV heads and their selection; flags of tokens, places and weights of the chosen ones.
+    chosen = 4 * kv_heads * longest + max(selecting, kv_heads * longest + 6 * tokens)
+    weights = 4 * shape.heads * longest
+    return max(selecting, tokens + max(weights + read, weights + 4 * kv_heads * longest, chosen))
 
 
 def _layer_bytes(shape: CacheShape, tokens: int) -> int:

@@ -29,10 +29,12 @@ class Kept:
         rows: `[B, Hkv, C, 2, D]`, K and V side by side; or a layer of the store on the device.
         places: `[B, Hkv, P]` int64 into `rows`, -1 for padding; tokens ascend within
             the window (sinks, then recent, the current one last) and within the rest.
+        selected_by: The query `[B, H, D]` that selected: the layer's own, or a predicted one.
     """
 
     rows: Tensor | StoredRows
     places: Tensor
+    selected_by: Tensor
 
 
 class PrefetchScheduler:
@@ -89,7 +91,7 @@ class PrefetchScheduler:
         self._heads = (sequences, kv_heads)
         self._counts = torch.zeros(layers, *self._heads, 4, dtype=torch.int64, device=device)
         self._compared: set[int] = set()
-        self._started: dict[int, Tensor] = {}
+        self._started: dict[int, tuple[Tensor, Tensor]] = {}
         self._step: Step | None = None
         self._places: tuple[Tensor, Tensor] | None = None
 
@@ -126,7 +128,8 @@ class PrefetchScheduler:
         with streams.on("prefetch"):
             streams.wait("hidden", layer - 1)
             with streams.producing("selection", layer):
-                tokens = self.selector.predict(layer, predict(hidden), step)
+                query = predict(hidden)
+                tokens = self.selector.predict(layer, query, step)
             if self._hot_set is not None:
                 with streams.producing("gather", layer):
                     self._hot_set.admit(
@@ -136,13 +139,14 @@ class PrefetchScheduler:
                         counts=self._counts[layer],
                         timer=self.timer.prefetch(layer),
                     )
-        self._started[layer] = streams.lend(tokens, "compute")
+        self._started[layer] = streams.lend(tokens, "compute"), query
 
     def keep(self, layer: int, query: Tensor) -> Kept:
         """The rows that `layer`'s query `[B, H, D]` attends to."""
         assert self._places is not None, "begin() comes before a step's layers"
-        predicted = self._started.pop(layer, None)
-        if predicted is not None:
+        started, selected_by = self._started.pop(layer, None), query
+        if started is not None:
+            predicted, selected_by = started
             self.timer.ready(layer)
             self._streams.wait("selection", layer)
             self._streams.wait("gather", layer)
@@ -151,7 +155,7 @@ class PrefetchScheduler:
         else:
             self._select(layer, query)
         rows = self._hot_set.rows(layer) if self._hot_set is not None else self._store.stored_rows(layer)
-        return Kept(rows, self._places[layer % 2])
+        return Kept(rows, self._places[layer % 2], selected_by)
 
     def _select(self, layer: int, query: Tensor) -> None:
         """Select and fetch in line; in exact mode look ahead behind that."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +47,18 @@ class Step:
         values = step_values(lengths, keep, window)
         lengths_, positions, past, keep_, ahead = torch.tensor(values, dtype=torch.int64, device=device)
         return cls(lengths_, positions, past, keep_, ahead, max(keep), max(lengths))
+
+    def of(self, sequence: int) -> Step:
+        """The same step of one of the sequences alone, as wide as that of all."""
+        one = slice(sequence, sequence + 1)
+        return replace(
+            self,
+            lengths=self.lengths[one],
+            positions=self.positions[one],
+            past=self.past[one],
+            keep=self.keep[one],
+            keep_ahead=self.keep_ahead[one],
+        )
 
 
 def step_values(lengths: list[int], keep: list[int], window: AttentionWindow) -> list[list[int]]:
@@ -107,6 +120,12 @@ class Selector:
         self._window = window
         self._scaling = scaling
         self._top_p = top_p
+
+    def of(self, sequence: int) -> Selector:
+        """The same for one of the sequences alone; it selects what it selects among the others."""
+        one = copy.copy(self)
+        one._labels = self._labels.of(sequence)
+        return one
 
     def select(self, layer: int, query: Tensor, step: Step) -> Selection:
         """The candidates that queries `[B, H, D]` attend to."""

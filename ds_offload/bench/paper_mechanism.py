@@ -94,7 +94,7 @@ class PaperScheduler:
         rows = context.hot_set.rows(layer)
         context.store.gather(layer, tokens, places, rows, timer=self.timer.in_line(layer))
         self._fetched[layer] += (tokens >= 0).sum()
-        return Kept(rows, torch.cat((self._window.expand(*tokens.shape[:2], -1), places), -1))
+        return Kept(rows, torch.cat((self._window.expand(*tokens.shape[:2], -1), places), -1), query)
 
     def traffic(self) -> list[Traffic]:
         """Counts of every layer so far; waits for the device."""

@@ -35,8 +35,14 @@ _FIELDS = {
     "host_memory": ("BYTES", "Host memory to stay under.", "what is free"),
     "calibration": ("FILE", "File made by `ds-offload calibrate`.", "found or made"),
     "segment_tokens": ("TOKENS", "Tokens by which the host store grows.", ""),
+    "monitor": (
+        "warn|widen|off",
+        "What to do where attention, compared with exact attention while decoding, captures too little.",
+        "",
+    ),
+    "monitor_every": ("N", "Decode steps from one comparison to the next.", "as many as cost 1 % of the time"),
 }
-_EXTRA_NAMES = {"max_context": ("--ctx",)}
+_EXTRA_NAMES = {"max_context": ("--ctx",), "monitor": ("--monitor-action",)}
 
 
 def config_options(command: Callable[..., None]) -> Callable[..., None]:

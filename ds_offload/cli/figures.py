@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ds_offload.generation import GenerationOutput
@@ -40,3 +40,16 @@ def figures_line(output: GenerationOutput) -> str:
     if stats.get("host_kv_bytes"):
         parts.append(f"KV cache on the host {bytes_text(stats['host_kv_bytes'])}")
     return "; ".join(parts)
+
+
+def monitor_line(monitor: dict[str, Any]) -> str:
+    """What the monitor saw: means over the layers that it compared."""
+    layers = sum(mass is not None for mass in monitor["layers"]["attention_mass"])
+    parts = [
+        f"attention mass {monitor['attention_mass']:.3f} (at most {monitor['best_mass']:.3f} with as many tokens)",
+        f"output error {monitor['output_error']:.3f}",
+    ]
+    if monitor["selection_recall"] is not None:
+        parts.append(f"recall of the selection {monitor['selection_recall']:.3f}")
+    parts.append(f"{monitor['comparisons']} comparisons of {layers} layers in {monitor['seconds']:.2f} s")
+    return f"monitor: {'; '.join(parts)}"

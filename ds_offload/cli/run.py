@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ds_offload.cli.config_options import config_options
-from ds_offload.cli.figures import figures_line
+from ds_offload.cli.figures import figures_line, monitor_line
 from ds_offload.cli.option_groups import CheckpointOption, ModelOptions, model_options, sampling_options
 from ds_offload.cli.progress import ProgressReport
 from ds_offload.cli.text_source import read_prompt
 from ds_offload.config import OffloadConfig
 from ds_offload.errors import InputError
-from ds_offload.notices import notice
+from ds_offload.notices import notice, warn
 
 if TYPE_CHECKING:
     from ds_offload.generator import OffloadedGenerator
@@ -139,4 +139,9 @@ def answer(
     if not output.text.endswith("\n"):
         sys.stdout.write("\n")
         sys.stdout.flush()
+    monitor = output.stats["monitor"]
+    if monitor is not None:
+        notice(monitor_line(monitor))
     notice(figures_line(output))
+    if monitor is not None and monitor["warning"] is not None:
+        warn(monitor["warning"])

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_offload.evaluation.attention_probe import AttentionProbe
+from ds_offload.attention_fidelity import FidelitySums, compare_step
 from ds_offload.evaluation.result import EvalResult, counted, mean
 from ds_offload.evaluation.subject import EvalSubject, dense_twin
 from ds_offload.evaluation.teacher_forcing import teacher_force
 from ds_offload.evaluation.windows import Window, cut_windows, default_positions
+from ds_offload.kv_context import KVContext
+from ds_offload.prefetch.selection import Step
 from ds_offload.prefill import ProgressCallback
 
 
@@ -67,10 +69,10 @@ def eval_agreement(
     positions = default_positions(subject) if positions is None else positions
     windows = cut_windows(subject, texts, positions, limit)
     decoder = subject.sparse.decoder
-    probe = AttentionProbe(decoder.layers, decoder.scaling, decoder.device)
+    sums = FidelitySums(decoder.layers)
     comparisons, densities = [], []
     for window in counted(windows, len(windows), "windows"):
-        comparison, density = _compare_window(subject, window, positions, probe, on_progress)
+        comparison, density = _compare_window(subject, window, positions, sums, on_progress)
         comparisons.append(comparison)
         densities.append(density)
     losses = {which: mean([loss for one in comparisons for loss in one.losses[which]]) for which in ("dense", "sparse")}
@@ -78,7 +80,7 @@ def eval_agreement(
         "nll": losses["sparse"],
         "top1_match": mean([same for one in comparisons for same in one.same]),
         "kl": mean([value for one in comparisons for value in one.divergence]),
-        **probe.figures(),
+        **sums.figures(),
     }
     options = {"ctx": subject.context, "positions": positions, "texts": list(texts), "windows": len(windows)}
     model = subject.name
@@ -87,12 +89,15 @@ def eval_agreement(
 
 
 def _compare_window(
-    subject: EvalSubject, window: Window, positions: int, probe: AttentionProbe, on_progress: ProgressCallback | None
+    subject: EvalSubject, window: Window, positions: int, sums: FidelitySums, on_progress: ProgressCallback | None
 ) -> tuple[_Comparison, float]:
     ids, comparison = window.ids[:-1], _Comparison(window.ids[-positions:])
     teacher_force(subject, dense_twin(subject.config), ids, positions, comparison.take_dense, on_progress)
-    figures = teacher_force(
-        subject, subject.config, ids, positions, comparison.take_sparse, on_progress, watch=probe.watching
-    )
+    decoder = subject.sparse.decoder
+
+    def watch(context: KVContext, step: Step, lengths: list[int]) -> None:
+        compare_step(decoder, context, step, lengths, sums)
+
+    figures = teacher_force(subject, subject.config, ids, positions, comparison.take_sparse, on_progress, watch=watch)
     comparison.dense.clear()
     return comparison, figures.density

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +16,12 @@ from ds_offload.kv_context import KVContext
 from ds_offload.memory.plan import MemoryPlan
 from ds_offload.memory_check import check_request, settle_config
 from ds_offload.planning.request import weight_bytes
+from ds_offload.prefetch.selection import Step
 from ds_offload.prefill import ProgressCallback, prefill
 from ds_offload.statistics import RunStatistics
 
 Visit = Callable[[int, Tensor], None]
-Watch = Callable[[KVContext], contextlib.AbstractContextManager[Any]]
+Watch = Callable[[KVContext, Step, list[int]], None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def teacher_force(
         ids: Token ids of one context, more than `steps`.
         visit: Called with the number of a step and its logits `[vocab]` float32 of the token
             behind `ids[len(ids) - steps + number]`; they are valid during the call.
-        watch: Makes a context manager around all of it, given the context.
+        watch: Called behind each step with the context, the step, and its length in a list.
 
     Raises:
         MemoryPlanError: The context does not fit.
@@ -67,9 +67,7 @@ def teacher_force(
     config, plan = _settled(subject, config, start, len(ids))
     statistics = RunStatistics(decoder, config)
     statistics.begin(plan)
-    with KVContext(decoder, config, subject.calibration, [len(ids)]) as context, contextlib.ExitStack() as watching:
-        if watch is not None:
-            watching.enter_context(watch(context))
+    with KVContext(decoder, config, subject.calibration, [len(ids)]) as context:
         streamed = plan.prefill_mode == "streamed"
         prefill(decoder, context, 0, ids[:start], on_progress, streamed=streamed)
         statistics.prefilled()
@@ -78,6 +76,9 @@ def teacher_force(
             length = start + number + 1
             visit(number, loop.step([token], [length])[0])
             statistics.stepped(context, [length])
+            if watch is not None:
+                assert loop.last is not None
+                watch(context, loop.last, [length])
             if on_progress is not None:
                 on_progress("decode", number + 1, steps)
         statistics.finish(context, loop.capture_s)

@@ -138,7 +138,7 @@ def _cache_shape(
     shape = source.shape
     window = AttentionWindow(config.sink_tokens, config.recent_tokens)
     budget = config.budget
-    kept = max(window.selected(budget.tokens(capacity), capacity) for capacity in capacities)
+    kept = max(window.selected(config.widest_budget.tokens(capacity), capacity) for capacity in capacities)
     assert config.label_channels is not None, "the config is resolved"
     everything = budget.fraction == 1
     kv_on_device = config.kv_location == "gpu"
@@ -173,4 +173,5 @@ def _cache_shape(
         look_ahead=wide if looks_ahead else 0,
         top_p=budget.top_p is not None,
         everything=everything,
+        monitored=config.monitor != "off",
     )

@@ -29,6 +29,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "host_memory": ("1GB", 10**9),
     "calibration": ("some file.json", "some file.json"),
     "segment_tokens": ("2k", 2048),
+    "monitor": ("widen", "widen"),
+    "monitor_every": ("16", 16),
 }
 
 
@@ -100,6 +102,9 @@ def test_no_dense_layers() -> None:
         ("gpu_memory", "24X"),
         ("host_memory", ""),
         ("segment_tokens", "none"),
+        ("monitor", "shout"),
+        ("monitor_every", "0"),
+        ("monitor_every", "often"),
     ],
 )
 def test_wrong_values_name_field_and_value(name: str, text: str) -> None:

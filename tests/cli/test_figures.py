@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ds_offload.cli.figures import bytes_text, figures_line
+from ds_offload.cli.figures import bytes_text, figures_line, monitor_line
 from ds_offload.generation import GenerationOutput
 
 
@@ -53,3 +53,20 @@ def test_what_was_not_measured_is_left_out() -> None:
     }
     output = GenerationOutput("text", [1], 5, "stop", stats)
     assert figures_line(output) == "prompt 5 tokens in 0.00 s; 1 new tokens; 0 B/token from the host"
+
+
+def test_what_the_monitor_saw() -> None:
+    monitor = {
+        "attention_mass": 0.8191,
+        "best_mass": 0.873,
+        "output_error": 0.176,
+        "selection_recall": 0.5214,
+        "comparisons": 5,
+        "seconds": 0.2,
+        "layers": {"attention_mass": [0.8, None, 0.84]},
+    }
+    assert monitor_line(monitor) == (
+        "monitor: attention mass 0.819 (at most 0.873 with as many tokens); output error 0.176; "
+        "recall of the selection 0.521; 5 comparisons of 2 layers in 0.20 s"
+    )
+    assert "recall" not in monitor_line(monitor | {"selection_recall": None})

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
+from ds_offload import OffloadConfig
+from ds_offload.attention_fidelity import FidelitySums, compare_step
 from ds_offload.evaluation.agreement import eval_agreement
-from ds_offload.evaluation.attention_probe import AttentionProbe
 from ds_offload.evaluation.subject import EvalSubject, dense_twin
 from ds_offload.evaluation.teacher_forcing import teacher_force
 
@@ -37,12 +40,15 @@ def first_layer_by_hand(subject: EvalSubject, ids: list[int]) -> tuple[float, fl
     return sum(masses) / len(masses), sum(errors) / len(errors)
 
 
-def probe_of(subject: EvalSubject, ids: list[int], config: object = None) -> AttentionProbe:
-    decoder = subject.sparse.decoder
-    probe = AttentionProbe(decoder.layers, decoder.scaling, decoder.device)
-    used = subject.config if config is None else config
-    teacher_force(subject, used, ids, STEPS, lambda number, logits: None, watch=probe.watching)  # type: ignore[arg-type]
-    return probe
+def compared(subject: EvalSubject, ids: list[int], config: OffloadConfig | None = None) -> FidelitySums:
+    sums = FidelitySums(subject.sparse.decoder.layers)
+    watch = partial(watch_into, subject, sums)
+    teacher_force(subject, config or subject.config, ids, STEPS, lambda number, logits: None, watch=watch)
+    return sums
+
+
+def watch_into(subject: EvalSubject, sums: FidelitySums, *step: Any) -> None:
+    compare_step(subject.sparse.decoder, *step, sums)
 
 
 @pytest.mark.parametrize("location", ["host", "gpu"])
@@ -52,18 +58,21 @@ def test_mass_and_error_equal_an_offline_computation(
 ) -> None:
     subject = subject_of(token_budget=1, kv_location=location, segment_tokens=segment)
     ids = subject.encode(text)[:200]
-    probe = probe_of(subject, ids)
+    sums = compared(subject, ids)
     mass, error = first_layer_by_hand(subject, ids)
-    assert probe.steps.tolist() == [STEPS] * 3
-    assert probe.mass[0].item() / STEPS == pytest.approx(mass, rel=1e-4)
-    assert probe.error[0].item() / STEPS == pytest.approx(error, rel=1e-4)
+    assert sums.comparisons == STEPS * 3
+    layers = sums.figures()["layers"]
+    assert layers["attention_mass"][0] == pytest.approx(mass, rel=1e-5)
+    assert layers["output_error"][0] == pytest.approx(error, rel=1e-5)
+    assert layers["best_mass"][0] == layers["attention_mass"][0], "nothing is selected"
+    assert layers["selection_recall"] == [None] * 3
 
 
 def test_all_ways_to_the_same_selection_capture_the_same(subject_of: MakeSubject, text: str) -> None:
     figures = {}
     for location, mode in (("host", "off"), ("host", "exact"), ("gpu", "off")):
         subject = subject_of(kv_location=location, prefetch=mode)
-        figures[location, mode] = probe_of(subject, subject.encode(text)[:200]).figures()
+        figures[location, mode] = compared(subject, subject.encode(text)[:200]).figures()
     first = figures["host", "off"]
     assert 0 < first["attention_mass"] < 1
     for other in figures.values():
@@ -74,7 +83,7 @@ def test_all_ways_to_the_same_selection_capture_the_same(subject_of: MakeSubject
 def test_a_predicted_selection_is_what_speculative_captures(subject_of: MakeSubject, text: str) -> None:
     off, speculative = subject_of(), subject_of(prefetch="speculative")
     ids = off.encode(text)[:200]
-    one, other = (probe_of(subject, ids).figures()["layers"]["attention_mass"] for subject in (off, speculative))
+    one, other = (compared(subject, ids).figures()["layers"]["attention_mass"] for subject in (off, speculative))
     # The first layer is never predicted.
     assert one[0] == pytest.approx(other[0], rel=1e-6)
     assert one[1:] != other[1:]
@@ -82,28 +91,18 @@ def test_a_predicted_selection_is_what_speculative_captures(subject_of: MakeSubj
 
 def test_attending_to_everything_captures_everything(subject_of: MakeSubject, text: str) -> None:
     subject = subject_of(dense_layers=(1,))
-    figures = probe_of(subject, subject.encode(text)[:100], dense_twin(subject.config)).figures()
+    figures = compared(subject, subject.encode(text)[:100], dense_twin(subject.config)).figures()
     assert figures["layers"]["attention_mass"] == [pytest.approx(1, abs=1e-5), None, pytest.approx(1, abs=1e-5)]
     assert figures["attention_mass"] == pytest.approx(1, abs=1e-5)
     assert figures["output_error"] == pytest.approx(0, abs=1e-4)
 
 
-def test_watching_ends_with_its_block(subject_of: MakeSubject, text: str) -> None:
-    subject = subject_of()
-    ids = subject.encode(text)[:100]
-    probe = probe_of(subject, ids)
-    before = probe.steps.clone()
-    teacher_force(subject, subject.config, ids, STEPS, lambda number, logits: None)
-    assert torch.equal(probe.steps, before)
-
-
 def test_watching_changes_no_logit(subject_of: MakeSubject, text: str) -> None:
     subject = subject_of(prefetch="exact")
     ids = subject.encode(text)[:150]
-    decoder = subject.sparse.decoder
-    probe = AttentionProbe(decoder.layers, decoder.scaling, decoder.device)
+    sums = FidelitySums(3)
     runs: list[list[torch.Tensor]] = []
-    for watch in (None, probe.watching):
+    for watch in (None, partial(watch_into, subject, sums)):
         rows: list[torch.Tensor] = []
         visit = lambda number, logits, rows=rows: rows.append(logits.clone())  # noqa: E731
         teacher_force(subject, subject.config, ids, STEPS, visit, watch=watch)
@@ -132,7 +131,7 @@ def test_on_cuda_a_captured_step_is_measured_like_the_cpus(
     figures = {}
     for device in ("cpu", "cuda"):
         subject = subject_of(device, prefetch=mode, kv_location=location)
-        figures[device] = probe_of(subject, subject.encode(text)[:200]).figures()
+        figures[device] = compared(subject, subject.encode(text)[:200]).figures()
     assert figures["cuda"]["layers"]["attention_mass"] == pytest.approx(
         figures["cpu"]["layers"]["attention_mass"], abs=0.02
     )

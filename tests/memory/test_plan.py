@@ -54,6 +54,7 @@ def cache_shape(tokens: int = 1 << 17, batch: int = 1, **changes: Any) -> CacheS
         "look_ahead": kept + kept // 4,
         "top_p": False,
         "everything": False,
+        "monitored": False,
     }
     return CacheShape(**fields | changes)
 

@@ -13,6 +13,7 @@ from planning.live_tensors import LiveTensors
 from tiny_models import random_prompts, save_tiny, tiny_config
 
 from ds_offload import OffloadConfig, OffloadedGenerator
+from ds_offload.attention_fidelity import FidelitySums, compare_step
 from ds_offload.decode import DecodeLoop
 from ds_offload.errors import MemoryPlanError
 from ds_offload.kv_context import KVContext
@@ -103,6 +104,9 @@ def test_a_step_takes_no_more_than_planned(name: str, tmp_path: Path) -> None:
             loop = DecodeLoop(gen.decoder, context)
             for _ in range(2):
                 loop.step([1] * len(capacities), capacities)
+                assert loop.last is not None
+                if gen.config.budget.fraction != 1:
+                    compare_step(gen.decoder, context, loop.last, capacities, FidelitySums(gen.decoder.layers))
     planned = plan.labels + plan.hot_set + plan.buffers + plan.decode
     assert 0.8 * planned < live.peak <= planned
 
@@ -179,6 +183,8 @@ def test_steps_on_a_gpu_stay_within_the_plan(name: str, tmp_path: Path) -> None:
                 loop = DecodeLoop(gen.decoder, context)
                 for _ in range(4):
                     loop.step([1] * 4, capacities)
+                    assert loop.last is not None
+                    compare_step(gen.decoder, context, loop.last, capacities, FidelitySums(gen.decoder.layers))
                 torch.cuda.synchronize()
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
