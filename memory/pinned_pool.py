@@ -28,12 +28,13 @@ _SMALLEST_PIECE = 64 << 20
 
 @dataclass(eq=False)
 class _Block:
-    """A mapping and the pieces of it, (address, bytes), that are registered."""
+    """A mapping, the pieces of it, (address, bytes), that are registered, and how many pools hold it."""
 
     memory: mmap.mmap
     address: int
     size: int
     pieces: list[tuple[int, int]] = field(default_factory=list)
+    holders: int = 1
 
     @classmethod
     def map(cls, size: int) -> _Block:
@@ -47,7 +48,8 @@ class PinnedPool:
     Making the pool allocates nothing. Blocks live until `close`, which unregisters
     them on every way out of the `with` statement and gives their pages back to the system;
     tensors over a block must not be used after that. They read zeros then, and the
-    addresses are unmapped with the last of them. One thread calls the pool.
+    addresses are unmapped with the last of them. One thread calls the pool. A block that
+    another pool adopted goes with the last of its pools.
 
     An anonymous mapping touched by several threads and then registered is ready about
     twice as fast as `torch.empty(..., pin_memory=True)`, and is not rounded up to a
@@ -119,6 +121,18 @@ class PinnedPool:
         block = queue.popleft().result() if queue else self._make(*key, self._stopping)
         return torch.frombuffer(block.memory, dtype=torch.uint8, count=nbytes)
 
+    def adopt(self, other: PinnedPool, block: Tensor) -> None:
+        """Hold a block that `other` allocated, too: it lives until both pools are closed.
+
+        Raises:
+            ValueError: `block` does not begin a block of `other`.
+        """
+        found = next((held for held in other._blocks if held.address == block.data_ptr()), None)
+        if found is None:
+            raise ValueError("the tensor does not begin a block of the other pool")
+        found.holders += 1
+        self._blocks.append(found)
+
     def close(self) -> None:
         """Join the background thread, wait for the device, then unregister and give back every block."""
         worker, self._worker = self._worker, None
@@ -173,6 +187,10 @@ class PinnedPool:
             pending += [(address + half, size - half), (address, half)]
 
     def _release(self, block: _Block) -> None:
+        block.holders -= 1
+        if block.holders:
+            self._blocks.remove(block)
+            return
         for address, _ in block.pieces:
             _unregister(self._device, address)
         block.pieces.clear()
