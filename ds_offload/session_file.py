@@ -47,8 +47,7 @@ def write_session(folder: Path, header: SessionHeader, context: KVContext, calib
         InputError: Something else is there, or the disk has no room for it.
         SessionWriteError: It could not be written.
     """
-    if folder.exists() and not (folder / HEADER).is_file():
-        raise InputError(f"{folder} is there already and is no session; give another path")
+    check_place(folder)
     context.streams.join()
     synchronize(context)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -75,6 +74,16 @@ def write_session(folder: Path, header: SessionHeader, context: KVContext, calib
             raise SessionWriteError(f"cannot write the session {folder}: {error.strerror or error}") from None
         raise
     return header
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a place where something else than a session is.
+
+    Raises:
+        InputError: There is.
+    """
+    if os.path.lexists(folder) and not (folder / HEADER).is_file():
+        raise InputError(f"{folder} is there already and is no session; give another path")
 
 
 def read_calibration(folder: Path, header: SessionHeader) -> Calibration:
