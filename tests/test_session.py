@@ -235,7 +235,9 @@ def test_what_cannot_be_asked(gen: OffloadedGenerator) -> None:
             call()
 
 
-@pytest.mark.parametrize("document", ["", "text without tokenizer", [], [301], ["a", "b"], [[1]], [{"role": "user"}], 5])
+@pytest.mark.parametrize(
+    "document", ["", "text without tokenizer", [], [301], ["a", "b"], [[1]], [{"role": "user"}], 5]
+)
 def test_what_is_no_document(gen: OffloadedGenerator, document: Any) -> None:
     with pytest.raises(InputError) as error:
         gen.prefill(document)
