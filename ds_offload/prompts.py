@@ -118,8 +118,10 @@ def tokenize(text: str, tokenizer: Any, special: bool = True) -> list[int]:
     Args:
         special: Whether the tokenizer adds its special tokens, such as one for the beginning.
     """
-    quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
-    return list(tokenizer(text, add_special_tokens=special, **quiet)["input_ids"])
+    options: dict[str, Any] = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
+    if not special:
+        options["add_special_tokens"] = False
+    return list(tokenizer(text, **options)["input_ids"])
 
 
 def render_messages(messages: list[dict[str, str]], tokenizer: Any) -> str:

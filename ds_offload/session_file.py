@@ -107,6 +107,8 @@ def read_session(folder: Path, header: SessionHeader, context: KVContext) -> Non
         LoadError: A file is damaged.
     """
     context.reserve(0, header.stored)
+    # Behind whatever makes its buffers.
+    synchronize(context)
     tensors = list(_tensors(context, header.stored))
     with _naming_the_remedy():
         records = [_record(folder, header, one.name) for one in tensors]

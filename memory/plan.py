@@ -160,7 +160,10 @@ def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None, continu
     buffers += segments * segment if shape.kv_on_device else 0
     labels = shape.layers * shape.kv_heads * tokens * shape.labels.row_bytes
     reserve = CUDA_RESERVE_BYTES if shape.cuda else 0
-    turn = streamed_prefill_bytes(dataclasses.replace(shape, prompts=shape.capacities)) if continued else 0
+    decode, turn = decode_bytes(shape), 0
+    if continued:
+        # The graph of the steps before keeps its workspace while a later turn is read.
+        turn = streamed_prefill_bytes(dataclasses.replace(shape, prompts=shape.capacities)) + decode
     mode = prefill_mode(shape, None if gpu is None else gpu - weights - labels - hot_set - buffers - reserve)
     return MemoryPlan(
         weights=weights,
@@ -168,7 +171,7 @@ def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None, continu
         hot_set=hot_set,
         buffers=buffers,
         prefill=max(turn, prefill_bytes(shape) if mode == "whole" else streamed_prefill_bytes(shape)),
-        decode=decode_bytes(shape),
+        decode=decode,
         reserve=reserve,
         host_kv=0 if shape.kv_on_device else segments * segment,
         prefill_mode=mode,
