@@ -139,6 +139,7 @@ def remove_session(folder: Path) -> None:
     Raises:
         InputError: There is none, it holds other things, too, or it may not be deleted.
     """
+    remove_leftovers(folder)
     if not (folder / HEADER).is_file():
         raise InputError(f"{folder} is no session; `ds-offload session list` names them")
     others = sorted(file.name for file in folder.iterdir() if file.name != HEADER and file.suffix != ".safetensors")
@@ -150,7 +151,6 @@ def remove_session(folder: Path) -> None:
         shutil.rmtree(gone)
     except OSError as error:
         raise InputError(f"cannot remove {folder}: {error.strerror}; change its permissions") from None
-    remove_leftovers(folder)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,6 +120,7 @@ def _facts(folder: Path, header: SessionHeader) -> dict[str, Any]:
     }
 
 
-for _name, _command in {"list": list_sessions, "show": show, "verify": verify, "rm": rm}.items():
+_COMMANDS: dict[str, Callable[..., None]] = {"list": list_sessions, "show": show, "verify": verify, "rm": rm}
+for _name, _command in _COMMANDS.items():
     _debug = Annotated[bool | None, typer.Option("--debug", help="Show the traceback when something goes wrong.")]
     app.command(name=_name)(add_options(_command, None, {"debug": _debug}))
