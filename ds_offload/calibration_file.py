@@ -67,7 +67,7 @@ class Calibration:
         temporary = path.with_name(f".calibration-{secrets.token_hex(8)}.tmp")
         try:
             with open(temporary, "xb") as file:
-                file.write(self._to_bytes())
+                file.write(self.to_bytes())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -77,7 +77,8 @@ class Calibration:
             with contextlib.suppress(OSError):
                 temporary.unlink()
 
-    def _to_bytes(self) -> bytes:
+    def to_bytes(self) -> bytes:
+        """The content of the file that `save` writes."""
         metadata = {
             "format": FORMAT,
             "version": str(VERSION),

@@ -17,16 +17,19 @@ from ds_offload.errors import InputError
 from ds_offload.generation import GenerationOutput, Sequence
 from ds_offload.kv_context import KVContext
 from ds_offload.loading import LoadedModel
+from ds_offload.memory.plan import MemoryPlan
 from ds_offload.memory_check import check_request, settle_config
 from ds_offload.monitor import FidelityMonitor
 from ds_offload.notices import notice, warn
+from ds_offload.open_session import load_session, read_document
 from ds_offload.planning.request import weight_bytes
 from ds_offload.prefetch.streams import Faults
 from ds_offload.prefill import ProgressCallback, prefill
-from ds_offload.prefill_checkpoint import PrefillCheckpoint, PrefillIdentity
-from ds_offload.preparation import PreparedModel, encode_checked
+from ds_offload.prefill_checkpoint import PrefillCheckpoint
+from ds_offload.preparation import PreparedModel, encode_checked, room_of
 from ds_offload.prompts import is_batch
 from ds_offload.sampling import SamplingParams
+from ds_offload.session import Session
 from ds_offload.statistics import RunStatistics
 from ds_offload.step_trace import StepTrace
 
@@ -34,12 +37,13 @@ from ds_offload.step_trace import StepTrace
 class OffloadedGenerator:
     """Generates with the KV cache in host memory; one model on one device.
 
-    Use it as a context manager, or call `close` when done. One call runs at a time.
+    Use it as a context manager, or call `close` when done, with its sessions first. One call runs at a time.
 
     Attributes:
         config: The configuration with everything the model decides filled in.
         loaded: Model, tokenizer and where they came from.
         last_output: What the last `stream` gave, once it has ended.
+        faults: For the tests of the hand-overs.
     """
 
     def __init__(self, loaded: LoadedModel, config: OffloadConfig, faults: Faults | None = None) -> None:
@@ -48,7 +52,7 @@ class OffloadedGenerator:
         self.config = config
         self.decoder = DecoderStack(loaded.model)
         self.last_output: GenerationOutput | None = None
-        self._faults = faults
+        self.faults = faults
         self._calibration: Calibration | None = None
         # Said once the first prompt has passed its checks: a refused one ends in one line.
         self._announcements: list[str] = []
@@ -155,6 +159,22 @@ class OffloadedGenerator:
         outputs = [sequence.output(statistics.summary()) for sequence in sequences]
         return outputs if is_batch(prompt) else outputs[0]
 
+    def prefill(
+        self, document: Any, *, on_progress: ProgressCallback | None = None, checkpoint: str | Path | None = None
+    ) -> Session:
+        """Read a document once, for any number of questions: a text or a list of token ids.
+
+        `on_progress` and `checkpoint` are as in `generate`.
+
+        Raises:
+            InputError: An empty or too long document, or one that does not fit.
+        """
+        return read_document(self, document, on_progress, checkpoint)
+
+    def load_session(self, path: str | Path) -> Session:
+        """A session that `Session.save` wrote to `path`; InputError where that is damaged or of another model."""
+        return load_session(self, path)
+
     def stream(
         self,
         prompt: Any,
@@ -195,8 +215,8 @@ class OffloadedGenerator:
     def _sequences(self, prompts: list[Any], params: SamplingParams) -> list[Sequence]:
         if not prompts:
             raise InputError("the batch is empty; give at least one prompt")
-        room = self.config.max_context
-        assert isinstance(room, int) and isinstance(params.max_new_tokens, int)
+        room = room_of(self.config)
+        assert isinstance(params.max_new_tokens, int)
         sequences = []
         for prompt in prompts:
             ids = encode_checked(prompt, self.tokenizer, self.loaded.source, self.config)
@@ -207,22 +227,35 @@ class OffloadedGenerator:
         return sequences
 
     def _checkpoint(self, folder: str | Path | None, sequences: list[Sequence]) -> PrefillCheckpoint | None:
-        if folder is None:
-            return None
-        if len(sequences) > 1:
-            raise InputError(f"a checkpoint is of one prompt, and {len(sequences)} were given; leave checkpoint out")
-        return PrefillCheckpoint(folder, PrefillIdentity.of(sequences[0].prompt, self.loaded.model, self.config))
+        prompts = [sequence.prompt for sequence in sequences]
+        return PrefillCheckpoint.of(folder, prompts, self.loaded.model, self.config)
 
-    def _settle(self, lengths: list[int], capacities: list[int]) -> None:
+    def _settle(self, lengths: list[int], capacities: list[int], continued: bool) -> None:
         """Choose the hot set of this call, where the user left it open."""
         if not self._chooses_hot_set:
             return
         asked = dataclasses.replace(self.config, hot_set=None)
         source, device = self.loaded.source, self.loaded.device
-        self.config = settle_config(source, asked, device, lengths, capacities, loaded=weight_bytes(source))
+        self.config = settle_config(source, asked, device, lengths, capacities, weight_bytes(source), continued)
         if self.config.kv_location == "host" and self.config.hot_set_multiple < HOT_SETS[0]:
             chosen, best = f"{self.config.hot_set_multiple:g}", f"{HOT_SETS[0]:g}"
             self._announcements.append(f"hot set: {chosen} x the budget, the most that fits; {best} x is faster")
+
+    def plan_call(self, lengths: list[int], capacities: list[int], continued: bool = False) -> MemoryPlan:
+        """Choose what the config leaves open, check that a call fits (`check_request`), and say what was chosen."""
+        self._settle(lengths, capacities, continued)
+        plan = check_request(self.loaded, self.config, lengths, capacities, continued=continued)
+        if plan.prefill_mode == "streamed":
+            self._announcements.append("the prompt does not fit the GPU as a whole: its prefill is streamed")
+        while self._announcements:
+            notice(self._announcements.pop(0))
+        return plan
+
+    def calibrated(self, prompt: list[int]) -> Calibration:
+        """The model's calibration, found or made; of `prompt` where the model has no tokenizer."""
+        if self._calibration is None:
+            self._calibration = find_or_make_calibration(self.loaded, self.decoder, None, prompt)
+        return self._calibration
 
     @torch.no_grad()
     def _run(
@@ -235,19 +268,12 @@ class OffloadedGenerator:
         kept: PrefillCheckpoint | None,
     ) -> Iterator[list[str]]:
         """Prefill every sequence, then decode them together; yields each step's new text per sequence."""
-        lengths = [len(sequence.prompt) for sequence in sequences]
         capacities = [len(sequence.prompt) + sequence.limit for sequence in sequences]
-        self._settle(lengths, capacities)
-        plan = check_request(self.loaded, self.config, lengths, capacities)
+        plan = self.plan_call([len(sequence.prompt) for sequence in sequences], capacities)
         streamed = plan.prefill_mode == "streamed"
-        if streamed:
-            self._announcements.append("the prompt does not fit the GPU as a whole: its prefill is streamed")
-        while self._announcements:
-            notice(self._announcements.pop(0))
-        if self._calibration is None:
-            self._calibration = find_or_make_calibration(self.loaded, self.decoder, None, sequences[0].prompt)
+        calibration = self.calibrated(sequences[0].prompt)
         statistics.begin(plan)
-        with KVContext(self.decoder, self.config, self._calibration, capacities, self._faults) as context:
+        with KVContext(self.decoder, self.config, calibration, capacities, self.faults) as context:
             pieces = []
             for number, sequence in enumerate(sequences):
                 ids = sequence.prompt

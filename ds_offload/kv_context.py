@@ -78,6 +78,7 @@ class KVContext:
         self._widest = config.widest_budget
         self._capacities = capacities
         self._scaling = decoder.scaling
+        self.layers = decoder.layers
         self._device = decoder.device
         self._dense_layers = frozenset(config.dense_layers)
         self._pool = PinnedPool(decoder.device, _PAGEABLE_COST)

@@ -53,6 +53,8 @@ def check_memory(
     prompts: list[int],
     capacities: list[int],
     loaded: int = 0,
+    continued: bool = False,
+    shared: int = 0,
 ) -> MemoryPlan:
     """The plan of a call, refused if it does not fit.
 
@@ -61,13 +63,16 @@ def check_memory(
         prompts: Tokens of each prompt.
         capacities: Most tokens of each sequence, prompt and answer.
         loaded: Bytes of weights that are on `device` already.
+        continued: Whether the sequences are continued later, by prompts of any length.
+        shared: Bytes of the host store that are there already.
 
     Raises:
         MemoryPlanError: GPU or host memory is short; names what is needed, what is there
             and the smallest change that makes it fit.
     """
     limits = memory_limits(config, device, loaded)
-    request = settle(_request(source, config, device, prompts, capacities), limits)
+    limits = dataclasses.replace(limits, host=limits.host + shared)
+    request = settle(_request(source, config, device, prompts, capacities, continued), limits)
     plan = request.plan(limits.gpu)
     short = limits.shortage(plan)
     if short is not None:
@@ -82,26 +87,41 @@ def settle_config(
     prompts: list[int],
     capacities: list[int],
     loaded: int = 0,
+    continued: bool = False,
 ) -> OffloadConfig:
     """The config of one call with what the memory that is free decides; see `check_memory`."""
     limits = memory_limits(config, device, loaded)
-    return settle(_request(source, config, device, prompts, capacities), limits).config
+    return settle(_request(source, config, device, prompts, capacities, continued), limits).config
 
 
 def _request(
-    source: ModelSource, config: OffloadConfig, device: torch.device, prompts: list[int], capacities: list[int]
+    source: ModelSource,
+    config: OffloadConfig,
+    device: torch.device,
+    prompts: list[int],
+    capacities: list[int],
+    continued: bool,
 ) -> Request:
-    return Request(source, config, device.type == "cuda", len(prompts), tuple(prompts), tuple(capacities))
+    return Request(source, config, device.type == "cuda", len(prompts), tuple(prompts), tuple(capacities), continued)
 
 
-def check_request(loaded: LoadedModel, config: OffloadConfig, prompts: list[int], capacities: list[int]) -> MemoryPlan:
+def check_request(
+    loaded: LoadedModel,
+    config: OffloadConfig,
+    prompts: list[int],
+    capacities: list[int],
+    *,
+    continued: bool = False,
+    shared: int = 0,
+) -> MemoryPlan:
     """The plan of a call, refused if its caches do not fit, the weights being loaded already; see `check_memory`.
 
     Raises:
         MemoryPlanError: GPU or host memory is short.
     """
     source = loaded.source
-    return check_memory(source, config, loaded.device, prompts, capacities, loaded=weight_bytes(source))
+    weights = weight_bytes(source)
+    return check_memory(source, config, loaded.device, prompts, capacities, weights, continued, shared)
 
 
 def _gpu_limit(config: OffloadConfig, device: torch.device, loaded: int = 0) -> int:

@@ -22,7 +22,8 @@ from ds_offload.errors import InputError, LoadError
 from ds_offload.fingerprint import fingerprint
 from ds_offload.kv_context import KVContext
 from ds_offload.notices import notice
-from ds_offload.tensor_file import FileRecord, read_tensor, write_file, write_tensor
+from ds_offload.sealed_json import seal, unseal
+from ds_offload.tensor_file import FileRecord, check_size, read_tensor, write_file, write_tensor
 
 FORMAT = "ds_offload.prefill"
 VERSION = 1
@@ -101,6 +102,21 @@ class PrefillCheckpoint:
             ) from None
         if (self._folder / HEADER).exists():
             self._read_header()
+
+    @classmethod
+    def of(
+        cls, folder: str | Path | None, prompts: list[list[int]], model: PreTrainedModel, config: OffloadConfig
+    ) -> PrefillCheckpoint | None:
+        """The checkpoint of the one prompt of a call, None without a folder; `config` is resolved.
+
+        Raises:
+            InputError: Several prompts, and as the class.
+        """
+        if folder is None:
+            return None
+        if len(prompts) > 1:
+            raise InputError(f"a checkpoint is of one prompt, and {len(prompts)} were given; leave checkpoint out")
+        return cls(folder, PrefillIdentity.of(prompts[0], model, config))
 
     def resume(self, context: KVContext, sequence: int, hidden: Tensor) -> int:
         """Put what was kept into `context` and `hidden` `[T, hidden]`, where they lie, and say so.
@@ -189,14 +205,13 @@ class PrefillCheckpoint:
             "done": done,
         }
         content["files"] = {name: asdict(record) for name, record in files.items()}
-        return json.dumps(content | {"sha256": _checksum(content)}, indent=1).encode()
+        return seal(content)
 
     def _read_header(self) -> None:
         path = self._folder / HEADER
         try:
-            content = json.loads(path.read_bytes())
-            stated = content.pop("sha256")
-            if stated != _checksum(content) or content["format"] != FORMAT or content["version"] != VERSION:
+            content = unseal(path.read_bytes())
+            if content["format"] != FORMAT or content["version"] != VERSION:
                 raise ValueError
             found = PrefillIdentity(**content["identity"])
             files = {name: FileRecord(**record) for name, record in content["files"].items()}
@@ -207,11 +222,11 @@ class PrefillCheckpoint:
             raise InputError(f"{path} is damaged, or of another version; {_REMEDY}") from None
         if found != self._identity:
             raise InputError(f"{self._folder} is the checkpoint of another {self._differences(found)}; {_REMEDY}")
-        for name, record in files.items():
-            file = self._folder / name
-            size = file.stat().st_size if file.is_file() else 0
-            if size != record.nbytes:
-                raise LoadError(f"{file} has {size:,} bytes and {record.nbytes:,} were written; {_REMEDY}")
+        try:
+            for name, record in files.items():
+                check_size(self._folder / name, record)
+        except LoadError as error:
+            raise LoadError(f"{error}; {_REMEDY}") from None
         self._files, self._done = files, done
 
     def _differences(self, found: PrefillIdentity) -> str:
@@ -243,7 +258,3 @@ def _layer_name(layer: int) -> str:
 
 def _hidden_name(done: int) -> str:
     return f"hidden-{done:04d}.safetensors"
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

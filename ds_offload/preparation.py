@@ -100,12 +100,26 @@ class PreparedModel:
 
 def encode_checked(prompt: Any, tokenizer: Any, source: ModelSource, config: OffloadConfig) -> list[int]:
     """Token ids of one prompt; see `PreparedModel.encode`."""
-    room = config.max_context
-    assert isinstance(room, int), "the config is resolved"
     ids = encode_prompt(prompt, tokenizer, source.shape.vocab_size)
+    check_room(ids, config, "prompt")
+    return ids
+
+
+def check_room(ids: list[int], config: OffloadConfig, what: str) -> None:
+    """Refuse token ids that leave no room for an answer.
+
+    Raises:
+        InputError: Calling them `what`.
+    """
+    room = room_of(config)
     if len(ids) >= room:
         raise InputError(
-            f"the prompt has {len(ids):,} tokens and max_context={room:,} leaves no room for an answer; "
-            "shorten the prompt or raise max_context (--ctx)"
+            f"the {what} has {len(ids):,} tokens and max_context={room:,} leaves no room for an answer; "
+            f"shorten the {what} or raise max_context (--ctx)"
         )
-    return ids
+
+
+def room_of(config: OffloadConfig) -> int:
+    """Most tokens of a sequence; `config` is resolved."""
+    assert isinstance(config.max_context, int), "the config is resolved"
+    return config.max_context

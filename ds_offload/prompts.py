@@ -46,7 +46,7 @@ def encode_prompt(prompt: Any, tokenizer: Any, vocab_size: int | None = None) ->
                 "the prompt is a text, but this model's folder has no tokenizer; "
                 "give a list of token ids, or put tokenizer.json into the folder"
             )
-        ids = list(_quiet(tokenizer, prompt)["input_ids"])
+        ids = tokenize(prompt, tokenizer)
     elif not isinstance(prompt, list | tuple):
         raise InputError(f"the prompt is of type {type(prompt).__name__}; it must be {_KINDS}")
     elif not prompt:
@@ -112,11 +112,25 @@ def document_prompt(document: str, question: str | None, tokenizer: Any) -> str 
     return document if question is None else f"{document.rstrip()}\n\nQuestion: {question}\nAnswer:"
 
 
-def _quiet(tokenizer: Any, text: str) -> Any:
-    """`tokenizer(text)` without transformers' warning about texts longer than the trained length."""
-    if hasattr(tokenizer, "model_max_length"):
-        return tokenizer(text, verbose=False)
-    return tokenizer(text)
+def tokenize(text: str, tokenizer: Any, special: bool = True) -> list[int]:
+    """Token ids of a text, without transformers' warning about texts longer than the trained length.
+
+    Args:
+        special: Whether the tokenizer adds its special tokens, such as one for the beginning.
+    """
+    options: dict[str, Any] = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
+    if not special:
+        options["add_special_tokens"] = False
+    return list(tokenizer(text, **options)["input_ids"])
+
+
+def render_messages(messages: list[dict[str, str]], tokenizer: Any) -> str:
+    """The text that the chat template makes of messages, with the opening of the answer.
+
+    Raises:
+        InputError: The template refuses them.
+    """
+    return str(_apply_template(messages, tokenizer, tokenize=False))
 
 
 def _token_id(entry: Any) -> int:
@@ -135,17 +149,15 @@ def _encode_messages(messages: list[Any], tokenizer: Any) -> list[int]:
         check_text(message["content"], f"the message of role {message['role']!r}")
     if not has_chat_template(tokenizer):
         raise InputError("the prompt is a list of messages, but this model has no chat template; give a text instead")
+    options = {"tokenize": True, "return_dict": True, "tokenizer_kwargs": {"verbose": False}}
+    return list(_apply_template(messages, tokenizer, **options)["input_ids"])
+
+
+def _apply_template(messages: list[Any], tokenizer: Any, **options: Any) -> Any:
     from jinja2 import TemplateError
 
     try:
-        encoded = tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            tokenizer_kwargs={"verbose": False},
-        )
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
     except TemplateError as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the model's chat template refuses these messages: {reason}") from None
-    return list(encoded["input_ids"])

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ds_offload.errors import LoadError
 
-_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_READ_BYTES = 4 << 20
+_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> FileRecord:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -97,6 +98,34 @@ def read_tensor(
         raise LoadError(f"{path} is damaged: its checksum is another one")
 
 
+def check_file(path: Path, record: FileRecord) -> None:
+    """Read a file and hold it to its record.
+
+    Raises:
+        LoadError: It is not there, or not the one that was written.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while data := file.read(_READ_BYTES):
+                digest.update(data)
+    except OSError as error:
+        raise LoadError(f"cannot read {path}: {error.strerror}") from None
+    if digest.hexdigest() != record.sha256:
+        raise LoadError(f"{path} is damaged: its checksum is another one")
+
+
+def check_size(path: Path, record: FileRecord) -> None:
+    """Refuse a file of another size than was written, without reading it.
+
+    Raises:
+        LoadError: It is not there, cut short or longer.
+    """
+    size = path.stat().st_size if path.is_file() else 0
+    if size != record.nbytes:
+        raise LoadError(f"{path} has {size:,} bytes and {record.nbytes:,} were written")
+
+
 def _header(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
     """The beginning of a safetensors file with one tensor (the format's own description: 8 bytes of length, JSON)."""
     nbytes = dtype.itemsize * torch.Size(shape).numel()
@@ -114,7 +143,7 @@ def _write(file: BinaryIO, part: bytes | memoryview) -> None:
     file.write(part)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename last, where the system lets a folder be flushed."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

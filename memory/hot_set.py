@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -72,6 +73,24 @@ class HotSet:
         if not self.reuse:
             for state in self._state.values():
                 state.clear()
+
+    def forget(self) -> None:
+        """Empty every slot for selected tokens, behind whatever read them; the window stays."""
+        for state in self._state.values():
+            state.clear()
+
+    def copy_from(self, other: HotSet) -> None:
+        """Take over window, slots and stamps of a hot set of the same shape."""
+        for layer, rows in self._rows.items():
+            rows.copy_(other._rows[layer])
+            for field in fields(AdmitState):
+                getattr(self._state[layer], field.name).copy_(getattr(other._state[layer], field.name))
+        for mine, others in zip(self._stamps, other._stamps, strict=True):
+            mine.copy_(others)
+
+    @property
+    def _stamps(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._clock, self._began, self._recent
 
     def fill_window(self, layer: int, sequence: int, rows: Tensor, start: int = 0) -> None:
         """Take sinks and recent window from rows `[Hkv, n, 2, D]` of tokens `start` to `start + n`.

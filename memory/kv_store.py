@@ -24,6 +24,8 @@ class KVStore:
     segment each. On the host the segments are blocks of `pool`, page-locked for CUDA. From
     the first one on that the driver refuses to lock the store is staged: rows of pageable
     segments pass through a ring of buffers (`StagedRows`), and the host waits for them.
+    Stores may share whole segments (`share`); who writes a token that may lie in one
+    calls `unshare` first.
 
     Hand-overs: the caller orders writers and readers; `append` and `write_prompt` run
     on the current stream, and a row may be gathered on another one only after an
@@ -55,6 +57,8 @@ class KVStore:
         self._pool = pool
         self._shape = (len(self._index), kv_heads, segment_tokens, 2, head_dim)
         self._capacity = [0] * sequences
+        # Leading segments of each sequence that another store has, too: they are copied before they are written.
+        self._shared = [0] * sequences
         self._ahead = 0
         self._staged: StagedRows | None = None
         most = -(-max_tokens // segment_tokens)
@@ -124,17 +128,54 @@ class KVStore:
         """
         if not self._index:
             return
-        segments = self.table.tensors[sequence]
         while self._capacity[sequence] < tokens:
+            self._add(sequence, self._allocate())
+
+    def share(self, other: KVStore, sequence: int, tokens: int) -> None:
+        """Take over the first `tokens` tokens of `other`'s `sequence`; this store's has none yet.
+
+        Whole segments are shared from here on, the rest of the last one is copied. Waits for
+        nothing: the caller has waited for the device.
+
+        Raises:
+            MemoryError: As `reserve`; what was shared stays so until the pool is closed.
+        """
+        if not self._index:
+            return
+        whole, rest = divmod(tokens, self.table.segment_tokens)
+        segments = other.table.tensors[sequence]
+        for segment in segments[:whole]:
+            if self._pool is not None:
+                assert other._pool is not None
+                self._pool.adopt(other._pool, segment)
+            self._add(sequence, segment)
+        self._shared[sequence] = whole
+        other._shared[sequence] = max(other._shared[sequence], whole)
+        if rest:
+            self.reserve(sequence, tokens)
+            self.table.tensors[sequence][whole][:, :, :rest].copy_(segments[whole][:, :, :rest])
+
+    def shares(self, sequence: int, start: int) -> bool:
+        """Whether tokens from `start` on lie in shared segments."""
+        return start // self.table.segment_tokens < self._shared[sequence]
+
+    def unshare(self, sequence: int, start: int) -> None:
+        """Copy shared segments that hold tokens from `start` on, so that they may be written.
+
+        Waits for nothing, as `share`. The block that was shared stays held until the pool is closed.
+        """
+        first = start // self.table.segment_tokens
+        segments = self.table.tensors[sequence]
+        for number in range(first, self._shared[sequence]):
             segment = self._allocate()
-            if self._pool is not None and self._pool.left_pageable(segment):
-                self._staged = self._staged or StagedRows(self.table, self.device)
-                self._staged.add(sequence, len(segments), segment)
-            else:
-                # A pageable source makes this copy wait for nothing and return when done.
-                self._addresses[sequence, len(segments)] = segment.data_ptr()
-            segments.append(segment)
-            self._capacity[sequence] += self.table.segment_tokens
+            segment.copy_(segments[number])
+            segments[number] = segment
+            self._place(sequence, number, segment)
+        self._shared[sequence] = min(self._shared[sequence], first)
+
+    def shared_bytes(self, tokens: int) -> int:
+        """Bytes of the segments that `share` would not copy."""
+        return tokens // self.table.segment_tokens * self._segment_bytes if self._index else 0
 
     def write_prompt(self, layer: int, sequence: int, start: int, rows: Tensor) -> None:
         """Store rows `[Hkv, n, 2, D]` as tokens `start` to `start + n` of `sequence`, on the current stream.
@@ -231,6 +272,23 @@ class KVStore:
         for number in range(start // size, -(-stop // size)):
             base = number * size
             yield number, max(start, base) - base, min(stop, base + size) - base
+
+    def _add(self, sequence: int, segment: Tensor) -> None:
+        segments = self.table.tensors[sequence]
+        self._place(sequence, len(segments), segment)
+        segments.append(segment)
+        self._capacity[sequence] += self.table.segment_tokens
+
+    def _place(self, sequence: int, number: int, segment: Tensor) -> None:
+        """Let kernels reach a segment, or the CPU where it is pageable."""
+        pageable = self._pool is not None and self._pool.left_pageable(segment)
+        if pageable:
+            self._staged = self._staged or StagedRows(self.table, self.device)
+            self._staged.add(sequence, number, segment)
+        elif self._staged is not None:
+            self._staged.drop(sequence, number)
+        # A pageable source makes this copy wait for nothing and return when done.
+        self._addresses[sequence, number] = 0 if pageable else segment.data_ptr()
 
     def _allocate(self) -> Tensor:
         if self._pool is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -139,12 +140,13 @@ class MemoryPlan:
         return self.gpu_tensors + self.reserve
 
 
-def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None) -> MemoryPlan:
+def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None, continued: bool = False) -> MemoryPlan:
     """Add up what a run of `shape` takes, given the bytes of the weights.
 
     Args:
         gpu: Bytes of the device that may be taken: where a prompt's workspace does not
             fit them, its prefill is streamed. None plans without a limit.
+        continued: Whether the sequences are continued later: prompts longer than a piece are streamed then.
     """
     offloaded = shape.layers - shape.dense_layers
     tokens = sum(shape.capacities)
@@ -160,14 +162,18 @@ def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None) -> Memo
     buffers += segments * segment if shape.kv_on_device else 0
     labels = shape.layers * shape.kv_heads * tokens * shape.labels.row_bytes
     reserve = CUDA_RESERVE_BYTES if shape.cuda else 0
+    decode, turn = decode_bytes(shape), 0
+    if continued:
+        # The graph of the steps before keeps its workspace while a later turn is read.
+        turn = streamed_prefill_bytes(dataclasses.replace(shape, prompts=shape.capacities)) + decode
     mode = prefill_mode(shape, None if gpu is None else gpu - weights - labels - hot_set - buffers - reserve)
     return MemoryPlan(
         weights=weights,
         labels=labels,
         hot_set=hot_set,
         buffers=buffers,
-        prefill=prefill_bytes(shape) if mode == "whole" else streamed_prefill_bytes(shape),
-        decode=decode_bytes(shape),
+        prefill=max(turn, prefill_bytes(shape) if mode == "whole" else streamed_prefill_bytes(shape)),
+        decode=decode,
         reserve=reserve,
         host_kv=0 if shape.kv_on_device else segments * segment,
         prefill_mode=mode,

@@ -39,6 +39,11 @@ class StagedRows:
         self._host.addresses[sequence, number] = segment.data_ptr()
         self._numbers.add((sequence, number))
 
+    def drop(self, sequence: int, number: int) -> None:
+        """It is not, or no longer: another segment has taken its place."""
+        self._host.addresses[sequence, number] = 0
+        self._numbers.discard((sequence, number))
+
     def holds(self, sequence: int, number: int) -> bool:
         """Whether a sequence's segment of that number is pageable."""
         return (sequence, number) in self._numbers

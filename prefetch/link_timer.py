@@ -68,6 +68,13 @@ class LinkTimer:
         self._stall += spent[:, 1] + waited
         self._reset()
 
+    def clear(self) -> None:
+        """Forget the times so far, on a stream behind all copies."""
+        if self._spans is not None:
+            self._busy.zero_()
+            self._stall.zero_()
+            self._reset()
+
     def total(self) -> LinkTime | None:
         """The times so far, None on a CPU; waits for the device."""
         if self._spans is None:

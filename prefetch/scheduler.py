@@ -196,6 +196,11 @@ class PrefetchScheduler:
             layers.append(Traffic(moved, selected, old, *compared))
         return layers
 
+    def clear_traffic(self) -> None:
+        """Forget counts and times so far, on a stream behind all steps."""
+        self._counts.zero_()
+        self.timer.clear()
+
     def _current_step(self) -> Step:
         assert self._step is not None, "begin() comes before a step's layers"
         return self._step

@@ -21,9 +21,11 @@ def figures_line(output: GenerationOutput) -> str:
     """What a run took; figures that it has none of are left out."""
     stats = output.stats
     seconds = stats["prefill_s"]
-    parts = [f"prompt {output.prompt_tokens:,} tokens in {seconds:.2f} s"]
+    read = stats.get("prefilled_tokens", output.prompt_tokens)
+    before = f"{read:,} new of " if read < output.prompt_tokens else ""
+    parts = [f"prompt {before}{output.prompt_tokens:,} tokens in {seconds:.2f} s"]
     if seconds > 0:
-        parts[0] += f" ({output.prompt_tokens / seconds:,.0f} tokens/s)"
+        parts[0] += f" ({read / seconds:,.0f} tokens/s)"
     parts.append(f"{len(output.token_ids):,} new tokens")
     if stats.get("decode_ms_per_token") is not None:
         parts[-1] += f" at {stats['decode_ms_per_token']:.1f} ms/token"

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import ds_offload
-from ds_offload.cli import bench
+from ds_offload.cli import bench, session
 from ds_offload.cli import eval as evaluation
 from ds_offload.cli.calibrate import calibrate
 from ds_offload.cli.doctor import doctor
@@ -63,6 +63,7 @@ _register(plan)
 _register(doctor)
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluation.app, name="eval")
+app.add_typer(session.app, name="session")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -150,6 +150,12 @@ CheckpointOption = Annotated[
     ),
 ]
 
+# Where sessions that are named are kept, for commands that take one.
+SessionsDirOption = Annotated[
+    str | None,
+    typer.Option("--sessions-dir", metavar="FOLDER", help="Where sessions are kept. Default: in the cache folder."),
+]
+
 
 _SAMPLING: dict[str, tuple[Any, str, str, str]] = {
     # name: (type of the field, metavar, help, default as the help says it)

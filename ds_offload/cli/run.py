@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,13 @@ import typer
 
 from ds_offload.cli.config_options import config_options
 from ds_offload.cli.figures import figures_line, monitor_line
-from ds_offload.cli.option_groups import CheckpointOption, ModelOptions, model_options, sampling_options
+from ds_offload.cli.option_groups import (
+    CheckpointOption,
+    ModelOptions,
+    SessionsDirOption,
+    model_options,
+    sampling_options,
+)
 from ds_offload.cli.progress import ProgressReport
 from ds_offload.cli.text_source import read_prompt
 from ds_offload.config import OffloadConfig
@@ -20,6 +27,7 @@ from ds_offload.errors import InputError
 from ds_offload.notices import notice, warn
 
 if TYPE_CHECKING:
+    from ds_offload.generation import GenerationOutput
     from ds_offload.generator import OffloadedGenerator
     from ds_offload.sampling import SamplingParams
 
@@ -46,13 +54,31 @@ def run(
         str | None, typer.Option("--trace", metavar="FILE", help="Write a Chrome trace of a few decode steps.")
     ] = None,
     checkpoint: CheckpointOption = None,
+    session: Annotated[
+        str | None,
+        typer.Option(
+            "--session",
+            metavar="NAME",
+            help="Keep the document read under this name or path: the next --question costs its own tokens only.",
+        ),
+    ] = None,
+    sessions_dir: SessionsDirOption = None,
 ) -> None:
     """Answer a prompt. The prompt comes from --prompt, --prompt-file or a pipe."""
-    text = read_prompt(prompt, prompt_file)
     if question is not None and not question.strip():
         raise InputError("--question is empty; give a question about the prompt, or leave it out")
     longest = check_sampling(sampling).max_new_tokens
     assert isinstance(longest, int)
+    if session is not None:
+        from ds_offload.cli.run_session import SessionRun
+
+        if question is None or trace is not None:
+            raise InputError("--session needs --question, and goes without --trace; give a question about the document")
+        SessionRun(model, config, session, sessions_dir, question).run(
+            prompt, prompt_file, sampling, as_json, checkpoint
+        )
+        return
+    text = read_prompt(prompt, prompt_file)
 
     if trace is not None:
         from ds_offload.step_trace import check_trace_path
@@ -116,26 +142,42 @@ def answer(
     if as_json:
         with ProgressReport() as progress:
             output = generator.generate(prompt, on_progress=progress, trace=trace, checkpoint=checkpoint, **sampling)
-        result = {
-            "model": generator.loaded.source.name,
-            "text": output.text,
-            "token_ids": output.token_ids,
-            "prompt_tokens": output.prompt_tokens,
-            "new_tokens": len(output.token_ids),
-            "finish_reason": output.finish_reason,
-            "stats": output.stats,
-            "config": generator.config.to_dict(),
-        }
-        print(json.dumps(result))
+        print_json(generator, output)
         return
     # The answer itself shows how far decoding is, so only the prompt's progress is reported.
     with ProgressReport(phases=("prefill",)) as progress:
-        for piece in generator.stream(prompt, on_progress=progress, trace=trace, checkpoint=checkpoint, **sampling):
-            progress.close()
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    output = generator.last_output
-    assert output is not None
+        print_pieces(
+            generator.stream(prompt, on_progress=progress, trace=trace, checkpoint=checkpoint, **sampling), progress
+        )
+    assert generator.last_output is not None
+    end_text(generator.last_output)
+
+
+def print_json(generator: OffloadedGenerator, output: GenerationOutput) -> None:
+    """Print one JSON object."""
+    result = {
+        "model": generator.loaded.source.name,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "prompt_tokens": output.prompt_tokens,
+        "new_tokens": len(output.token_ids),
+        "finish_reason": output.finish_reason,
+        "stats": output.stats,
+        "config": generator.config.to_dict(),
+    }
+    print(json.dumps(result))
+
+
+def print_pieces(pieces: Iterable[str], progress: ProgressReport) -> None:
+    """Print an answer as it comes; progress ends with its first piece."""
+    for piece in pieces:
+        progress.close()
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+
+def end_text(output: GenerationOutput) -> None:
+    """End a printed answer's last line, and say what it took."""
     if not output.text.endswith("\n"):
         sys.stdout.write("\n")
         sys.stdout.flush()

@@ -62,6 +62,7 @@ class Request:
         batch: Sequences.
         prompts, most: Tokens of each prompt, and most tokens of each sequence as far as
             `max_context` allows; without them every sequence is a prompt of `max_context` tokens.
+        continued: Whether the sequences are continued later, by prompts of any length.
     """
 
     source: ModelSource
@@ -70,6 +71,7 @@ class Request:
     batch: int = 1
     prompts: tuple[int, ...] | None = None
     most: tuple[int, ...] | None = None
+    continued: bool = False
 
     @property
     def context(self) -> int:
@@ -104,7 +106,7 @@ class Request:
 
     def plan(self, gpu: int | None = None) -> MemoryPlan:
         """The bytes that it takes; with no more than `gpu` bytes of the device the prefill is streamed if need be."""
-        return plan_memory(self.shape(), weight_bytes(self.source), gpu)
+        return plan_memory(self.shape(), weight_bytes(self.source), gpu, self.continued)
 
 
 def plan_request(

@@ -143,3 +143,28 @@ def test_a_window_filled_in_turns_is_that_of_a_whole_prompt(window: AttentionWin
         start = stop
     assert torch.equal(turns.rows(3), whole.rows(3))
     assert not whole.rows(3)[0].any() and whole.rows(3)[1].any()
+
+
+def test_a_copy_has_the_same_slots_and_forgets_them_alone() -> None:
+    hot, rows = make(12, AttentionWindow(2, 3), sequences=1)
+    copied, _ = make(12, AttentionWindow(2, 3), sequences=1)
+    tokens = torch.tensor([[[5, 9, 20], [6, 7, 80]]])
+    hot.fill_window(3, 0, rows[0])
+    hot.begin_step()
+    hot.admit(3, tokens)
+    copied.copy_from(hot)
+    moved = []
+    for held in (hot, copied):
+        held.begin_step()
+        counts = torch.zeros(1, HEADS, 4, dtype=torch.int64)
+        assert torch.equal(packed(held, held.admit(3, tokens, counts=counts))[0, 1], rows[0, 1, tokens[0, 1]])
+        moved.append(int(counts[..., 0].sum()))
+        window = held.window_places(torch.tensor([[0, 1, 86, 87, 88, 89]])).expand(HEADS, -1)[None]
+        assert torch.equal(packed(held, window)[0, 0], rows[0, 0, [0, 1, 86, 87, 88, 89]])
+    assert moved == [0, 0]
+    copied.forget()
+    for held, expected in ((hot, 0), (copied, 6)):
+        held.begin_step()
+        counts = torch.zeros(1, HEADS, 4, dtype=torch.int64)
+        assert torch.equal(packed(held, held.admit(3, tokens, counts=counts))[0, 1], rows[0, 1, tokens[0, 1]])
+        assert int(counts[..., 0].sum()) == expected

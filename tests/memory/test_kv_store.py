@@ -137,3 +137,39 @@ def test_the_pool_forgets_its_blocks_when_closed() -> None:
         assert block.shape == (10_000,) and pool.nbytes >= 10_000
         assert not block.any()
     assert pool.nbytes == 0
+
+
+@pytest.mark.parametrize("location", ["host", "gpu"])
+@pytest.mark.parametrize("length", [1, SEGMENT - 1, SEGMENT, 3 * SEGMENT + 5])
+def test_stores_that_share_segments_write_their_own(location: str, length: int) -> None:
+    with PinnedPool(CPU) as pool, PinnedPool(CPU) as other_pool:
+        pools = (pool, other_pool) if location == "host" else (None, None)
+        first = make([length], pools[0])
+        rows = torch.randn(HEADS, length, 2, DIM, generator=torch.Generator().manual_seed(length))
+        first.write_prompt(2, 0, 0, rows)
+        second = KVStore(
+            layers=[0, 2], sequences=1, kv_heads=HEADS, head_dim=DIM, dtype=torch.float32, device=CPU, pool=pools[1],
+            segment_tokens=SEGMENT, max_tokens=length + 20,
+        )  # fmt: skip
+        second.share(first, 0, length)
+        whole = length // SEGMENT
+        same = [
+            a.data_ptr() == b.data_ptr() for a, b in zip(*(s.table.tensors[0] for s in (first, second)), strict=True)
+        ]
+        assert same == [True] * whole + [False] * (length % SEGMENT > 0)
+        assert first.shared_bytes(length) == sum(segment.nbytes for segment in first.table.tensors[0][:whole])
+        out = torch.empty_like(rows)
+        for store, other in ((second, first), (first, second)):
+            assert store.shares(0, 0) == (whole > 0) and not store.shares(0, whole * SEGMENT)
+            store.unshare(0, SEGMENT)
+            assert store.shares(0, 0) == (whole > 0) and not store.shares(0, SEGMENT)
+            store.unshare(0, 0)
+            assert [int(a) for a in store.table.addresses[0, : whole + 1]][:whole] == [
+                segment.data_ptr() for segment in store.table.tensors[0][:whole]
+            ]
+            store.write_prompt(2, 0, 0, torch.zeros_like(rows))
+            if other is first:
+                other.read(2, 0, 0, out)
+                assert torch.equal(out, rows)
+        second.read(2, 0, 0, out)
+        assert not out.any()

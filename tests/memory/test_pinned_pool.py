@@ -264,6 +264,22 @@ def test_a_pool_can_be_closed_twice_and_used_again(driver: FakeDriver) -> None:
         pool.close()
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_adopted_block_goes_with_the_last_of_its_pools(driver: FakeDriver, first: int) -> None:
+    with PinnedPool(CUDA) as owner, PinnedPool(CUDA) as other:
+        block = owner.allocate(3 * PAGE)
+        block.fill_(7)
+        other.adopt(owner, block)
+        assert other.nbytes == other.pinned_bytes == 3 * PAGE and len(driver.registered) == 1
+        pools = (owner, other)
+        pools[first].close()
+        assert pools[first].nbytes == 0 and len(driver.registered) == 1 and bool((block == 7).all())
+        pools[1 - first].close()
+        assert not driver.registered
+        with pytest.raises(ValueError, match="does not begin a block"):
+            other.adopt(owner, block)
+
+
 def resident_bytes() -> int:
     """Private memory of this process that is really there."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():

@@ -202,3 +202,14 @@ def test_the_plan_of_a_streamed_prefill_has_the_hidden_states_on_the_host() -> N
     assert whole.gpu_total - streamed.gpu_total == whole.prefill - max(streamed.prefill, streamed.decode)
     assert dataclasses.replace(streamed, prefill=whole.prefill, prefill_mode="whole", host_states=0) == whole
     assert plan_memory(cache_shape(cuda=False), 0, 0).host_states == 0
+
+
+def test_later_turns_have_their_workspace() -> None:
+    """A short prompt that is continued: turns of any length, a piece at a time."""
+    shape = cache_shape(prompts=[100])
+    alone, continued = (plan_memory(shape, weights=1, continued=later) for later in (False, True))
+    turn = streamed_prefill_bytes(cache_shape())
+    assert alone.prefill == prefill_bytes(shape) < continued.prefill == turn + decode_bytes(shape)
+    assert dataclasses.replace(continued, prefill=alone.prefill) == alone
+    whole = plan_memory(cache_shape(), weights=1)
+    assert plan_memory(cache_shape(), weights=1, continued=True) == whole

@@ -1,0 +1,125 @@
+"""`ds-offload run --session`: a document is read once, and every question costs its own tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+from ds_offload.cli.option_groups import ModelOptions
+from ds_offload.cli.progress import ProgressReport
+from ds_offload.cli.run import build_prompt, end_text, print_json, print_pieces
+from ds_offload.cli.text_source import read_prompt
+from ds_offload.config import OffloadConfig
+from ds_offload.errors import InputError
+from ds_offload.generator import OffloadedGenerator
+from ds_offload.notices import notice
+from ds_offload.preparation import PreparedModel, room_of
+from ds_offload.prompts import parse_token_ids
+from ds_offload.session import Session
+from ds_offload.session_file import SessionWriteError, check_place
+from ds_offload.session_header import HEADER, SessionHeader
+from ds_offload.session_names import session_path
+
+
+class SessionRun:
+    """One question about a named document: it is read and saved where the name is new, and loaded where it is not.
+
+    Raises:
+        InputError: A wrong name, or something else in its place.
+    """
+
+    def __init__(
+        self, model: ModelOptions, config: OffloadConfig, name: str, sessions_dir: str | None, question: str
+    ) -> None:
+        self._folder = session_path(name, sessions_dir)
+        self._question = question
+        self._model = model
+        self._config = config
+        check_place(self._folder)
+        self._header = SessionHeader.read(self._folder) if (self._folder / HEADER).is_file() else None
+
+    def run(
+        self,
+        prompt: str | None,
+        prompt_file: str | None,
+        sampling: dict[str, Any],
+        as_json: bool,
+        checkpoint: str | None,
+    ) -> None:
+        """Answer and print; the document is the prompt, which a session that is there needs no more.
+
+        Raises:
+            InputError: No document for a new session, another than a session's, or a session of another model.
+            SessionWriteError: The session could not be saved; the answer was printed.
+        """
+        given = prompt is not None or prompt_file is not None
+        text = read_prompt(prompt, prompt_file) if given or self._header is None else None
+        prepared = PreparedModel.find(**dataclasses.asdict(self._model), config=self._config)
+        question: str | list[int] = self._question
+        if prepared.tokenizer is None:
+            question = parse_token_ids(self._question)
+        document = self._document(text, prepared)
+        with OffloadedGenerator.from_prepared(prepared) as generator:
+            session, unsaved = self._open(generator, document, checkpoint)
+            with session:
+                _answer(generator, session, question, sampling, as_json)
+        if unsaved is not None:
+            raise unsaved
+
+    def _document(self, text: str | None, prepared: PreparedModel) -> str | list[int] | None:
+        """The document to read; None where the session is there, and of that document."""
+        if text is None:
+            return None
+        document = text if prepared.tokenizer is not None else parse_token_ids(text)
+        header = self._header
+        if header is None:
+            ids = prepared.encode(document if isinstance(document, list) else self._first_prompt(text, prepared))
+            prepared.check([len(ids)], [room_of(prepared.config)])
+            return document
+        if isinstance(document, list):
+            same = document == header.token_ids[: header.document_tokens]
+        else:
+            same = header.document is not None and _digest(document) == header.document.sha256
+        if not same:
+            raise InputError(
+                f"the session {self._folder} is of another document; give --session another name, "
+                "leave the document out, or remove the session with `ds-offload session rm`"
+            )
+        return None
+
+    def _first_prompt(self, text: str, prepared: PreparedModel) -> Any:
+        return build_prompt(text, self._question, False, prepared.tokenizer)
+
+    def _open(
+        self, generator: OffloadedGenerator, document: str | list[int] | None, checkpoint: str | None
+    ) -> tuple[Session, Exception | None]:
+        """The session, and why it could not be saved: the question is answered all the same."""
+        if document is None:
+            return generator.load_session(self._folder), None
+        with ProgressReport(phases=("prefill",)) as progress:
+            session = generator.prefill(document, on_progress=progress, checkpoint=checkpoint)
+        try:
+            session.save(self._folder)
+            notice(f"the document is kept as the session {self._folder}")
+        except (SessionWriteError, InputError) as error:
+            return session, error
+        return session, None
+
+
+def _answer(
+    generator: OffloadedGenerator, session: Session, question: str | list[int], sampling: dict[str, Any], as_json: bool
+) -> None:
+    if as_json:
+        with ProgressReport() as progress:
+            output = session.ask(question, keep=False, on_progress=progress, **sampling)
+        print_json(generator, output)
+        return
+    with ProgressReport(phases=("prefill",)) as progress:
+        print_pieces(session.stream(question, keep=False, on_progress=progress, **sampling), progress)
+    assert session.last_output is not None
+    end_text(session.last_output)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,110 @@
+"""The prompt of a document and its questions, in tokens that stay the same whatever is asked."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
+
+from ds_offload.errors import InputError
+from ds_offload.prompts import check_text, has_chat_template, render_messages, tokenize
+
+# Stands for a text in the chat template, to find what the template puts around it.
+_MARK = "<<text goes here>>"
+# Questions whose first characters merge with what stands before them in different ways, if at all.
+_PROBES = ("A", "the", "1", "\n.", "\u00e9")
+# Characters at the end of the prompt that are tokenised with every question. Tokens further back depend on none.
+_TAIL = (1_000, 4_000)
+
+
+@dataclass(frozen=True)
+class DocumentPrompt:
+    """Where questions go behind a document that was given as text.
+
+    The prompt is that of `document_prompt` (ds_offload/prompts.py): tokenised as a whole it
+    gives the same ids as `ids` of the document and the question, which tokenises the end alone.
+
+    Attributes:
+        tail: The end of the prompt's text, up to the end of the document.
+        before: Tokens that stand before the tail's; 0 where the tail is all of it.
+        sha256: Of the document's text, in hex.
+    """
+
+    tail: str
+    before: int
+    sha256: str
+
+    @classmethod
+    def read(cls, document: str, tokenizer: Any) -> tuple[DocumentPrompt, list[int]]:
+        """The prompt of a document, and its first tokens, which are those of any question about it.
+
+        Raises:
+            InputError: An empty document, no tokenizer, or a document too short to have tokens of its own.
+        """
+        check_text(document, "the document")
+        if tokenizer is None:
+            raise InputError(
+                "the document is a text, but this model's folder has no tokenizer; "
+                "give a list of token ids, or put tokenizer.json into the folder"
+            )
+        text = document.rstrip()
+        if has_chat_template(tokenizer):
+            content = f"{text}\n\n{_MARK}"
+            rendered = render_messages([{"role": "user", "content": content}], tokenizer)
+            text = rendered[: rendered.rindex(_MARK)].removesuffix("\n\n")
+        whole = cls(text, 0, hashlib.sha256(document.encode()).hexdigest())
+        first = whole.ids([], _PROBES[0], tokenizer)
+        prompt = whole._shortened(first, tokenizer) or whole
+        others = (prompt.ids(first, question, tokenizer) for question in _PROBES[1:])
+        ids = first[: min(common_tokens(first, other) for other in others)]
+        if not ids:
+            raise InputError("the document has no token of its own; give a longer one")
+        return prompt, ids
+
+    def _shortened(self, whole: list[int], tokenizer: Any) -> DocumentPrompt | None:
+        """The same with a short tail, if the tokens are those of the `whole` prompt of the first probe."""
+        cut = self.tail.rfind("\n", max(0, len(self.tail) - _TAIL[1]), max(0, len(self.tail) - _TAIL[0]))
+        if cut <= 0:
+            return None
+        head = tokenize(self.tail[:cut], tokenizer, not has_chat_template(tokenizer))
+        shorter = replace(self, tail=self.tail[cut:], before=len(head))
+        return shorter if head and shorter.ids(head, _PROBES[0], tokenizer) == whole else None
+
+    def ids(self, document: list[int], question: str, tokenizer: Any) -> list[int]:
+        """Token ids of the whole prompt.
+
+        Args:
+            document: The document's, as `read` gave them; the first `before` are taken over.
+        """
+        check_text(question, "the question")
+        special = not self.before and not has_chat_template(tokenizer)
+        return document[: self.before] + tokenize(self.tail + _behind(question, tokenizer), tokenizer, special)
+
+
+def further_ids(question: str, tokenizer: Any, last: int | None) -> list[int]:
+    """Token ids that a further question adds behind an answer.
+
+    Args:
+        last: The answer's last token where it is one that ends answers; it is not added again.
+    """
+    check_text(question, "the question")
+    if not has_chat_template(tokenizer):
+        return tokenize(f"\n\nQuestion: {question}\nAnswer:", tokenizer, special=False)
+    messages = [("user", "?"), ("assistant", _MARK), ("user", question)]
+    rendered = render_messages([{"role": role, "content": content} for role, content in messages], tokenizer)
+    ids = tokenize(rendered[rendered.index(_MARK) + len(_MARK) :], tokenizer, special=False)
+    return ids[1:] if ids[0] == last else ids
+
+
+def common_tokens(first: list[int], second: list[int]) -> int:
+    """How many tokens two prompts share from the beginning on."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
+def _behind(question: str, tokenizer: Any) -> str:
+    """The prompt's text behind the document."""
+    if not has_chat_template(tokenizer):
+        return f"\n\nQuestion: {question}\nAnswer:"
+    rendered = render_messages([{"role": "user", "content": f"{_MARK}\n\n{question}"}], tokenizer)
+    return rendered[rendered.index(_MARK) + len(_MARK) :]

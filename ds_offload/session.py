@@ -1,0 +1,287 @@
+"""A document that stays read, and the conversation about it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import datetime
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ds_offload.calibration import Calibration
+from ds_offload.config import OffloadConfig
+from ds_offload.context_copy import copy_context, own_from, rewind
+from ds_offload.decode import DecodeLoop
+from ds_offload.document_prompt import DocumentPrompt, common_tokens, further_ids
+from ds_offload.errors import InputError
+from ds_offload.generation import GenerationOutput, Sequence
+from ds_offload.kv_context import KVContext
+from ds_offload.memory.plan import MemoryPlan
+from ds_offload.memory.workspace import piece_tokens
+from ds_offload.memory_check import check_request
+from ds_offload.prefill import ProgressCallback, prefill
+from ds_offload.preparation import check_room, room_of
+from ds_offload.prompts import encode_prompt, tokenize
+from ds_offload.sampling import SamplingParams
+from ds_offload.session_file import write_session
+from ds_offload.session_header import SessionHeader, SessionIdentity, calibration_digest
+from ds_offload.statistics import RunStatistics
+
+if TYPE_CHECKING:
+    from ds_offload.generator import OffloadedGenerator
+
+
+class Session:
+    """K/V of a document and of what was asked about it; made by `OffloadedGenerator.prefill` or `load_session`.
+
+    A question costs its own tokens only. It joins the session with its answer, or is
+    forgotten behind it (`keep=False`). Use a session as a context manager, or call `close`
+    when done, before its generator is closed. One call runs at a time.
+
+    Attributes:
+        token_ids: Document, questions and answers so far.
+        stored: Tokens whose K/V are there; those behind them are read with the next question.
+        document_tokens: Of `token_ids`, those of the document.
+        last_output: What the last `ask` or `stream` gave, once it has ended.
+    """
+
+    def __init__(
+        self,
+        generator: OffloadedGenerator,
+        context: KVContext,
+        plan: MemoryPlan,
+        calibration: Calibration,
+        document: DocumentPrompt | None,
+        token_ids: list[int],
+        document_tokens: int,
+        stored: int,
+    ) -> None:
+        """Own `context`, which holds the first `stored` tokens. Users call `OffloadedGenerator.prefill`."""
+        self.token_ids = token_ids
+        self.stored = stored
+        self.document_tokens = document_tokens
+        self.document = document
+        self.last_output: GenerationOutput | None = None
+        self.config: OffloadConfig = generator.config
+        self._generator = generator
+        self._calibration = calibration
+        self._own(context, plan)
+
+    def _own(self, context: KVContext, plan: MemoryPlan) -> None:
+        self._context = context
+        self._plan = plan
+        # Its CUDA graph serves every answer from this context.
+        self._loop: DecodeLoop | None = None
+        self._answering = False
+        self._finalizer = weakref.finalize(self, context.close)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free everything on host and device that no fork shares."""
+        self._loop = None
+        self._finalizer()
+
+    def ask(
+        self,
+        question: str | list[int],
+        *,
+        keep: bool = True,
+        output_logits: bool = False,
+        on_progress: ProgressCallback | None = None,
+        **sampling: Any,
+    ) -> GenerationOutput:
+        """Answer a question about the document, or go on with the conversation.
+
+        Args:
+            question: A text, put behind the document or the last answer as the chat template
+                wants it (behind a document of token ids as it is); or token ids, appended as they are.
+            keep: Whether question and answer join the session; else it is as before.
+            output_logits, on_progress, **sampling: As in `OffloadedGenerator.generate`.
+
+        Returns:
+            The answer; `prompt_tokens` counts the whole context, and `stats["prefilled_tokens"]`
+            those of them that were new.
+
+        Raises:
+            InputError: An empty question, no room for it, a wrong sampling value, or a session
+                that is closed or still answering.
+        """
+        sequence = self._sequence(question, sampling)
+        for _ in self._answer(self.token_ids, sequence, keep, output_logits, on_progress):
+            pass
+        assert self.last_output is not None
+        return self.last_output
+
+    def stream(
+        self,
+        question: str | list[int],
+        *,
+        keep: bool = True,
+        on_progress: ProgressCallback | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """`ask` piece by piece; `last_output` holds the whole when the iterator ends.
+
+        Closing the iterator early keeps what was said so far, or nothing with `keep=False`.
+
+        Raises:
+            InputError: As `ask`, at the call.
+        """
+        return self._answer(self.token_ids, self._sequence(question, sampling), keep, False, on_progress)
+
+    @torch.no_grad()
+    def fork(self) -> Session:
+        """Another session that begins as this one and goes its own way.
+
+        Whole segments of the host store are shared until one of the two writes to them; the
+        rest is copied. Each may be closed first.
+
+        Raises:
+            InputError: The copy does not fit, or the session is closed or still answering.
+        """
+        self._check_free()
+        shared = self._context.store.shared_bytes(self.stored) if self.config.kv_location == "host" else 0
+        loaded, room = self._generator.loaded, room_of(self.config)
+        plan = check_request(loaded, self.config, [1], [room], continued=True, shared=shared)
+        context = KVContext(self._generator.decoder, self.config, self._calibration, [room], self._generator.faults)
+        with contextlib.ExitStack() as undo:
+            undo.callback(context.close)
+            copy_context(context, self._context, self.stored)
+            undo.pop_all()
+        fork = copy.copy(self)
+        fork._own(context, plan)
+        return fork
+
+    def save(self, path: str | Path) -> SessionHeader:
+        """Write the session to the folder `path`, in the place of a session that is there: whole, or not at all.
+
+        Raises:
+            InputError: Something else is there, the disk has no room, or the session is closed or answering.
+            SessionWriteError: It could not be written; what was there is intact.
+        """
+        self._check_free()
+        loaded = self._generator.loaded
+        header = SessionHeader(
+            identity=SessionIdentity.of(loaded, self.config),
+            calibration=calibration_digest(self._calibration),
+            model_name=loaded.source.name,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            token_ids=self.token_ids,
+            stored=self.stored,
+            document_tokens=self.document_tokens,
+            document=self.document,
+        )
+        return write_session(Path(path).expanduser().absolute(), header, self._context, self._calibration)
+
+    def _sequence(self, question: str | list[int], sampling: dict[str, Any]) -> Sequence:
+        self._check_free()
+        params = SamplingParams(**sampling)
+        ids = self._ids(question)
+        check_room(ids, self.config, "conversation")
+        assert isinstance(params.max_new_tokens, int)
+        limit = min(params.max_new_tokens, room_of(self.config) - len(ids))
+        return Sequence(ids, limit, params, self._generator.loaded)
+
+    def _ids(self, question: str | list[int]) -> list[int]:
+        """Token ids of the context with a question."""
+        loaded, known = self._generator.loaded, self.token_ids
+        if not isinstance(question, str):
+            return known + encode_prompt(list(question), loaded.tokenizer, loaded.source.shape.vocab_size)
+        if self.document is not None and len(known) == self.document_tokens:
+            return self.document.ids(known, question, loaded.tokenizer)
+        if self.document is not None:
+            last = known[-1] if known[-1] in loaded.eos_token_ids else None
+            return known + further_ids(question, loaded.tokenizer, last)
+        encode_prompt(question, loaded.tokenizer)
+        return known + tokenize(question, loaded.tokenizer, special=False)
+
+    @torch.no_grad()
+    def _answer(
+        self,
+        before: list[int],
+        sequence: Sequence,
+        keep: bool,
+        keep_logits: bool,
+        on_progress: ProgressCallback | None,
+    ) -> Iterator[str]:
+        self._check_free()
+        if self.token_ids is not before:
+            raise InputError("the session went on since this stream was made; ask for another one")
+        ids = sequence.prompt
+        statistics = RunStatistics(self._generator.decoder, self.config)
+        statistics.begin(self._plan)
+        # A question may begin with characters that make other tokens of the document's last ones.
+        start = min(self.stored, common_tokens(before, ids), len(ids) - 1)
+        prefilled = False
+        self._answering = True
+        try:
+            if start < self.stored:
+                self._forget(start)
+            own_from(self._context, start)
+            logits = self._extend(ids, start, on_progress)
+            prefilled = True
+            self.stored = len(ids)
+            yield sequence.take(logits, keep_logits)
+            statistics.prefilled()
+            yield from self._decode(sequence, statistics, keep_logits, on_progress)
+        finally:
+            self._answering = False
+            if prefilled and keep:
+                self.token_ids = ids + sequence.tokens
+            elif self._finalizer.alive:
+                self._forget(start)
+        stats = statistics.summary() | {"prefilled_tokens": len(ids) - start}
+        self.last_output = sequence.output(stats)
+
+    def _extend(self, ids: list[int], start: int, on_progress: ProgressCallback | None) -> torch.Tensor:
+        """Read the tokens from `start` on; logits of the last."""
+        context, new = self._context, ids[start:]
+        context.scheduler.clear_traffic()
+        # The answer's first tokens have their place before decoding begins, as in `generate`.
+        room = min(room_of(self.config), len(ids) + int(self.config.segment_tokens))
+        context.prepare(0, room)
+        decoder = self._generator.decoder
+        streamed = len(new) > piece_tokens(decoder.heads, decoder.head_dim)
+        logits = prefill(decoder, context, 0, new, on_progress, start=start, streamed=streamed)
+        context.reserve(0, room)
+        return logits
+
+    def _decode(
+        self,
+        sequence: Sequence,
+        statistics: RunStatistics,
+        keep_logits: bool,
+        on_progress: ProgressCallback | None,
+    ) -> Iterator[str]:
+        context, captured = self._context, self._loop is not None and self._loop.capture_s is not None
+        if self._loop is None:
+            self._loop = DecodeLoop(self._generator.decoder, context)
+        while sequence.finish_reason is None:
+            logits = self._loop.step([sequence.tokens[-1]], [sequence.length])
+            self.stored = sequence.length
+            piece = sequence.take(logits[0], keep_logits)
+            statistics.stepped(context, [self.stored])
+            if on_progress is not None:
+                on_progress("decode", len(sequence.tokens), sequence.limit)
+            yield piece
+        statistics.finish(context, None if captured else self._loop.capture_s)
+
+    def _forget(self, tokens: int) -> None:
+        """Let go of the K/V of all tokens from number `tokens` on."""
+        self.stored = tokens
+        rewind(self._context, tokens)
+
+    def _check_free(self) -> None:
+        if not self._finalizer.alive:
+            raise InputError("the session is closed; read the document again, or load a saved session")
+        if self._answering:
+            raise InputError("the session is still answering; take the whole stream, or close it first")
