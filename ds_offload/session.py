@@ -23,6 +23,8 @@ from ds_offload.kv_context import KVContext
 from ds_offload.memory.plan import MemoryPlan
 from ds_offload.memory.workspace import piece_tokens
 from ds_offload.memory_check import check_request
+from ds_offload.monitor import FidelityMonitor
+from ds_offload.notices import warn
 from ds_offload.prefill import ProgressCallback, prefill
 from ds_offload.preparation import check_room, room_of
 from ds_offload.prompts import encode_prompt, tokenize
@@ -119,6 +121,9 @@ class Session:
         for _ in self._answer(self.token_ids, sequence, keep, output_logits, on_progress):
             pass
         assert self.last_output is not None
+        monitored = self.last_output.stats["monitor"]
+        if monitored is not None and monitored["warning"] is not None:
+            warn(monitored["warning"])
         return self.last_output
 
     def stream(
@@ -263,17 +268,20 @@ class Session:
         on_progress: ProgressCallback | None,
     ) -> Iterator[str]:
         context, captured = self._context, self._loop is not None and self._loop.capture_s is not None
+        decoder = self._generator.decoder
         if self._loop is None:
-            self._loop = DecodeLoop(self._generator.decoder, context)
+            self._loop = DecodeLoop(decoder, context)
+        monitor = FidelityMonitor(decoder, self.config)
         while sequence.finish_reason is None:
             logits = self._loop.step([sequence.tokens[-1]], [sequence.length])
             self.stored = sequence.length
             piece = sequence.take(logits[0], keep_logits)
-            statistics.stepped(context, [self.stored])
+            statistics.stepped(context, [self.stored], monitor.seconds)
+            monitor.stepped(context, self._loop, [self.stored], [0])
             if on_progress is not None:
                 on_progress("decode", len(sequence.tokens), sequence.limit)
             yield piece
-        statistics.finish(context, None if captured else self._loop.capture_s)
+        statistics.finish(context, None if captured else self._loop.capture_s, monitor)
 
     def _forget(self, tokens: int) -> None:
         """Let go of the K/V of all tokens from number `tokens` on."""
