@@ -46,7 +46,7 @@ def logits(
         max_context=1024, token_budget=budget, sink_tokens=1, recent_tokens=0, hot_set=1, segment_tokens=64, **changes
     )
     with OffloadedGenerator.from_pretrained(str(folder), config=config, device="cuda") as gen:
-        gen._faults = faults
+        gen.faults = faults
         gen.decoder.capturable = capture
         outs = gen.generate(random_prompts(300, 41), max_new_tokens=NEW, output_logits=True)
     return torch.stack([out.logits for out in outs])
