@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ds_offload.errors import InputError
 
 LABEL_BITS = (16, 8, 4, 2)
-KV_DTYPES = ("auto", "bf16", "fp16", "fp32")
+KV_DTYPES = ("auto", "bf16", "fp16", "fp32", "int8", "int4")
 TOP_P_CAP = Fraction(1, 4)
 # What `hot_set` is chosen from, the largest that fits. At 4 x the budget a step of text finds 98 to 99 % of its rows on
 # the device, at 2 x 94 to 98 %; more than 4 x gains little.
@@ -138,7 +138,9 @@ class OffloadConfig:
         recent_tokens: Last tokens before the current one that are always attended.
         dense_layers: Layers whose K/V stay on the GPU and are attended in full.
         kv_location: "host" keeps the K/V in (pinned) host memory, "gpu" on the device.
-        kv_dtype: dtype of the stored K/V; "auto" is the model's own.
+        kv_dtype: dtype of the stored K/V. "int8" and "int4" quantise them on their way to the
+            store; sinks, recent window and dense layers stay in the model's dtype. "auto" is
+            the first of the model's own, "int8" and "int4" that fits.
         prefetch: "off" (the query selects, what is missing is fetched in line), "exact"
             (the same, and rows that ranked next are fetched for the next step meanwhile)
             or "speculative" (a query predicted one layer ahead selects, as in the paper).
@@ -186,10 +188,6 @@ class OffloadConfig:
         self._one_of("label_bits", LABEL_BITS)
         self._one_of("kv_location", ("host", "gpu"))
         self._one_of("prefetch", ("exact", "speculative", "off"))
-        if self.kv_dtype in ("int8", "int4"):
-            raise InputError(
-                f"kv_dtype={self.kv_dtype!r} is not available in this version; use one of {', '.join(KV_DTYPES)}"
-            )
         self._one_of("kv_dtype", KV_DTYPES)
         self._at_least("sink_tokens", 0)
         self._at_least("recent_tokens", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,10 +157,50 @@ def _gathered_store(rows: StoredRows, slots: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _launch(query: Tensor, rows: Tensor | StoredRows, slots: Tensor, scaling: float, out: Tensor) -> None:
-    batch, heads, head_dim = query.shape
-    count = slots.shape[2]
     if query.numel() == 0:
         return
+    group = query.shape[1] // slots.shape[1]
+    split = slot_attention_launch(group, query.shape[2], query.dtype, rows.dtype).split
+    partials = Partials.empty(query, -(-slots.shape[2] // split))
+    launch_partials(query, rows, slots.contiguous(), scaling, partials, first=0)
+    launch_combine(partials, out)
+
+
+@dataclass(frozen=True)
+class Partials:
+    """What the splits of a slots list come to, of all heads, before they are added up.
+
+    Attributes:
+        sums: float32 [B, H, splits, D], sums of V by weight.
+        stats: float32 [B, H, splits, 2], the largest score and the sum of the weights.
+    """
+
+    sums: Tensor
+    stats: Tensor
+
+    @classmethod
+    def empty(cls, query: Tensor, splits: int) -> Partials:
+        """Room for `splits` splits of each head of a query [B, H, D]."""
+        shape = (*query.shape[:2], splits)
+        where: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
+        return cls(torch.empty(*shape, query.shape[2], **where), torch.empty(*shape, 2, **where))
+
+    @property
+    def splits(self) -> int:
+        """Splits of each head."""
+        return self.stats.shape[2]
+
+
+def launch_partials(
+    query: Tensor, rows: Tensor | StoredRows, slots: Tensor, scaling: float, partials: Partials, first: int
+) -> None:
+    """Attention over the splits of `slots`, left in `partials` from split `first` on; CUDA, every argument checked.
+
+    Args:
+        slots: As for `slot_attention`; the lists of heads may lie apart, each contiguous.
+    """
+    batch, heads, head_dim = query.shape
+    count = slots.shape[2]
     layer = segments = segment_tokens = 0
     if isinstance(rows, StoredRows):
         kv_heads, capacity, source = rows.kv_heads, rows.tokens, rows.table.addresses
@@ -170,23 +211,23 @@ def _launch(query: Tensor, rows: Tensor | StoredRows, slots: Tensor, scaling: fl
         alignment, strides = row_alignment(rows), (rows.stride(0), rows.stride(1), rows.stride(2))
     group = heads // kv_heads
     launch = slot_attention_launch(group, head_dim, query.dtype, rows.dtype)
-    splits = -(-count // launch.split)
-    partial = torch.empty(batch, heads, splits, head_dim, dtype=torch.float32, device=query.device)
-    stats = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=query.device)
     kernel, shared = (tensor_core_kernel, {"HEADS": launch.heads}) if launch.tensor_cores else (vector_kernel, {})
-    kernel[(splits, batch * kv_heads, -(-group // launch.heads))](
+    kernel[(-(-count // launch.split), batch * kv_heads, -(-group // launch.heads))](
         query,
         source,
-        slots.contiguous(),
-        partial,
-        stats,
+        slots,
+        partials.sums,
+        partials.stats,
         scaling * math.log2(math.e),
         kv_heads,
         count,
+        slots.stride(1),
         capacity,
         *strides,
         layer,
         segments,
+        partials.splits,
+        first,
         SEGMENT_TOKENS=segment_tokens,
         ELEMENT=getattr(tl, str(rows.dtype).removeprefix("torch.")),
         G=group,
@@ -199,9 +240,18 @@ def _launch(query: Tensor, rows: Tensor | StoredRows, slots: Tensor, scaling: fl
         **shared,
         num_warps=launch.warps,
     )
+
+
+def launch_combine(partials: Partials, out: Tensor) -> None:
+    """Add up the splits of every head into `out` [B, H, D]; CUDA."""
+    batch, heads, head_dim = out.shape
     channels = min(COMBINE_CHANNELS, power_of_two(head_dim))
     combine_kernel[(batch * heads, -(-head_dim // channels))](
-        partial, stats, out, splits, D=head_dim, SPLITS_TILE=COMBINE_SPLITS, CHANNELS_TILE=channels, num_warps=4
+        *(partials.sums, partials.stats, out, partials.splits),
+        D=head_dim,
+        SPLITS_TILE=COMBINE_SPLITS,
+        CHANNELS_TILE=channels,
+        num_warps=4,
     )
 
 

@@ -73,7 +73,7 @@ class PaperScheduler:
         self._step = step
         window = self._context.window
         tokens = torch.cat((window.sink_tokens(step.lengths), window.recent_tokens(step.lengths)), -1)
-        self._window = self._context.hot_set.window_places(tokens)[:, None]
+        self._window = self._context.hot_set.window.places(tokens)[:, None]
 
     def wants_prediction(self, layer: int) -> bool:
         """Never: everything is done in line."""
