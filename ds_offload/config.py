@@ -230,14 +230,13 @@ class OffloadConfig:
         """`token_budget`, parsed."""
         return TokenBudget.parse(self.token_budget)
 
-    def resolve(self, *, head_dim: int, layers: int, trained_context: int, kv_dtype: str) -> OffloadConfig:
-        """The same config with every None and "auto" that a model decides filled in.
+    def resolve(self, *, head_dim: int, layers: int, trained_context: int) -> OffloadConfig:
+        """The same config with every None that a model decides filled in.
 
         Args:
             head_dim: Channels of one key.
             layers: Decoder layers of the model.
             trained_context: Positions the model was trained for.
-            kv_dtype: The model's own dtype, as a name from `KV_DTYPES`.
 
         Raises:
             InputError: More label channels than the head has, or a dense layer beyond the last.
@@ -258,7 +257,6 @@ class OffloadConfig:
             self,
             max_context=trained_context if self.max_context is None else self.max_context,
             label_channels=channels,
-            kv_dtype=kv_dtype if self.kv_dtype == "auto" else self.kv_dtype,
         )
 
     def to_dict(self) -> dict[str, Any]:

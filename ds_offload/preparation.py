@@ -58,7 +58,6 @@ class PreparedModel:
             head_dim=source.shape.head_dim,
             layers=source.shape.layers,
             trained_context=source.shape.trained_context,
-            kv_dtype=dtype_name(source.dtype),
         )
         assert isinstance(resolved.max_context, int)
         check_supported(source.config, resolved.max_context)

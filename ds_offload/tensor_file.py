@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ds_offload.errors import LoadError
 
-_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)

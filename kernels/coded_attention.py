@@ -55,7 +55,7 @@ def coded_attention(
         window: [B, Hkv, W, 2, D] of a float dtype, K and V side by side.
         rows: [B, Hkv, C, 2, P] uint8, quantised; rows, heads and sequences may be strided.
             Or those of a store on the device. Rows that no slot names may hold anything.
-        code: Of one layer: mean and factor [Hkv, D].
+        code: Of one layer: factor [Hkv, D].
         slots: int64 [B, Hkv, W + K], contiguous: the first W name window rows, the rest `rows`;
             -1: skip. At least one entry of each head is not skipped.
         scaling: Factor of the scores.
@@ -104,7 +104,7 @@ def _kept_rows(
         gather_rows(rows.table, rows.layer, far, places, coded)
     else:
         coded = _at(rows, far)
-    by_head = RowCode(code.layout, code.mean[:, None], code.factor[:, None])
+    by_head = RowCode(code.layout, code.factor[:, None])
     decode_rows(coded, by_head, kept[:, :, near.shape[2] :])
     valid = slots >= 0
     return kept.masked_fill_(~valid[..., None, None], 0), valid
@@ -154,7 +154,7 @@ def _launch(
         if launch.tensor_cores:
             kernel, shared = coded_tensor_core_kernel, {"HEADS": launch.heads}
         kernel[(splits, batch * kv_heads, -(-group // launch.heads))](
-            *(query, source, slots[..., near:], code.mean, code.factor, partials.sums, partials.stats),
+            *(query, source, slots[..., near:], code.factor, partials.sums, partials.stats),
             *(scaling * math.log2(math.e), kv_heads, count, slots.stride(1), capacity, *strides, layer, segments),
             *(partials.splits, near_splits),
             SEGMENT_TOKENS=segment_tokens,
@@ -188,10 +188,10 @@ def _checked_out(
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"{heads} query heads must be a multiple of the window's {kv_heads} KV heads")
     layout = code.layout
-    if layout.head_dim != head_dim or code.mean.shape != (kv_heads, head_dim) or code.factor.shape != code.mean.shape:
+    if layout.head_dim != head_dim or code.factor.shape != (kv_heads, head_dim) or not code.factor.is_contiguous():
         raise ValueError(
-            f"a code of {layout.head_dim} channels, mean {tuple(code.mean.shape)} and factor "
-            f"{tuple(code.factor.shape)} must be of {(kv_heads, head_dim)}"
+            f"a code of {layout.head_dim} channels and factors {tuple(code.factor.shape)} must be of "
+            f"{(kv_heads, head_dim)}, contiguous"
         )
     device = rows.device if isinstance(rows, Tensor) else rows.table.addresses.device
     if isinstance(rows, StoredRows):
@@ -210,7 +210,7 @@ def _checked_out(
         raise ValueError(f"out {out.dtype} {tuple(out.shape)} must be {query.dtype} {tuple(query.shape)}, contiguous")
     for name, where in (
         *(("window", window.device), ("rows", device), ("slots", slots.device), ("out", out.device)),
-        *(("mean", code.mean.device), ("factor", code.factor.device)),
+        ("factor", code.factor.device),
     ):
         if where != query.device:
             raise ValueError(f"{name} is on {where}; it must be on {query.device} like the query")

@@ -1,10 +1,10 @@
 """The Triton kernels of attention over quantised rows (kernels/coded_attention.py): one split of the list each.
 
 K of a row is, per half of its channels, centre + step * u, u the codes less N/2, times a
-factor and plus a mean that are static per channel. So a score is, per half, step times the
-product of the query times the factors with u, plus centre times the sum of that query; and
-once for all rows the product of the query with the mean. V's centre and step go into the
-weights. Codes and factors are exact in 16 bits: the tensor cores cut nothing but the weights.
+static factor per channel. So a score is, per half, step times the product of u with the
+query times the factors, plus centre times the sum of that query. V's centre and step go
+into the weights. Codes, and a query times a power of two, are exact in 16 bits: the tensor
+cores cut nothing but the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ds_offload.kernels.triton_runtime import jit, tl
 
 @jit(do_not_specialize=["count", "slots_stride", "capacity", "stride_b", "stride_h", "stride_row", "layer", "segments"])
 def coded_vector_kernel(
-    query, rows, slots, mean, factor, partial, stats, scale, kv_heads, count, slots_stride, capacity,
+    query, rows, slots, factor, partial, stats, scale, kv_heads, count, slots_stride, capacity,
     stride_b, stride_h, stride_row, layer, segments, splits, first_split,
     SEGMENT_TOKENS: tl.constexpr, BITS: tl.constexpr, PART_BYTES: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr,
     HALF_PAD: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, ALIGNMENT: tl.constexpr,
@@ -29,12 +29,9 @@ def coded_vector_kernel(
     channel = tl.arange(0, HALF_PAD)
     known = channel < HALF
     query += head * 2 * HALF
-    mean += h * 2 * HALF
     factor += h * 2 * HALF
     q1 = tl.load(query + channel, mask=known, other=0.0).to(tl.float32) * scale
     q2 = tl.load(query + HALF + channel, mask=known, other=0.0).to(tl.float32) * scale
-    base = tl.sum(q1 * tl.load(mean + channel, mask=known, other=0.0), 0)
-    base += tl.sum(q2 * tl.load(mean + HALF + channel, mask=known, other=0.0), 0)
     q1 *= tl.load(factor + channel, mask=known, other=0.0)
     q2 *= tl.load(factor + HALF + channel, mask=known, other=0.0)
     sum1 = tl.sum(q1, 0)
@@ -55,7 +52,7 @@ def coded_vector_kernel(
         k1, k2 = code_halves(keys, live, channel, BITS, HALF, ALIGNMENT)
         v1, v2 = code_halves(values, live, channel, BITS, HALF, ALIGNMENT)
         centre1, step1, centre2, step2 = tail_numbers(keys, live, PART_BYTES)
-        score = base + step1 * tl.sum(q1[None, :] * k1, 1) + centre1 * sum1
+        score = step1 * tl.sum(q1[None, :] * k1, 1) + centre1 * sum1
         score += step2 * tl.sum(q2[None, :] * k2, 1) + centre2 * sum2
         score = tl.where(live, score, float("-inf"))
         centre1, step1, centre2, step2 = tail_numbers(values, live, PART_BYTES)
@@ -78,7 +75,7 @@ def coded_vector_kernel(
 
 @jit(do_not_specialize=["count", "slots_stride", "capacity", "stride_b", "stride_h", "stride_row", "layer", "segments"])
 def coded_tensor_core_kernel(
-    query, rows, slots, mean, factor, partial, stats, scale, kv_heads, count, slots_stride, capacity,
+    query, rows, slots, factor, partial, stats, scale, kv_heads, count, slots_stride, capacity,
     stride_b, stride_h, stride_row, layer, segments, splits, first_split,
     SEGMENT_TOKENS: tl.constexpr, BITS: tl.constexpr, PART_BYTES: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr,
     HALF_PAD: tl.constexpr, SPLIT: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, ALIGNMENT: tl.constexpr,
@@ -94,13 +91,10 @@ def coded_tensor_core_kernel(
     known = channel < HALF
     written = (member < G)[:, None] & known[None, :]
     query += head[:, None] * 2 * HALF + channel[None, :]
-    mean += h * 2 * HALF
     factor += h * 2 * HALF
     q1 = tl.load(query, mask=written, other=0.0)
     q2 = tl.load(query + HALF, mask=written, other=0.0)
     kind = q1.dtype
-    base = tl.sum(q1.to(tl.float32) * tl.load(mean + channel, mask=known, other=0.0)[None, :], 1)
-    base += tl.sum(q2.to(tl.float32) * tl.load(mean + HALF + channel, mask=known, other=0.0)[None, :], 1)
     # Powers of two: still exact.
     q1 = (q1.to(tl.float32) * tl.load(factor + channel, mask=known, other=0.0)[None, :]).to(kind)
     q2 = (q2.to(tl.float32) * tl.load(factor + HALF + channel, mask=known, other=0.0)[None, :]).to(kind)
@@ -127,7 +121,7 @@ def coded_tensor_core_kernel(
         centre1, step1, centre2, step2 = tail_numbers(keys, live, PART_BYTES)
         scores = tl.dot(q1, tl.trans(k1.to(kind)), input_precision="ieee") * step1[None, :]
         scores += tl.dot(q2, tl.trans(k2.to(kind)), input_precision="ieee") * step2[None, :]
-        scores += sum1[:, None] * centre1[None, :] + sum2[:, None] * centre2[None, :] + base[:, None]
+        scores += sum1[:, None] * centre1[None, :] + sum2[:, None] * centre2[None, :]
         scores = tl.where(live[None, :], scores * scale, float("-inf"))
         centre1, step1, centre2, step2 = tail_numbers(values, live, PART_BYTES)
         new_peak = tl.maximum(peak, tl.max(scores, 1))

@@ -25,11 +25,7 @@ class RowLayout:
 
     Channels c and c + D/2, which RoPE turns together, belong to two halves with a centre
     and a step of their own: x = centre + step * (code - N/2), N = 2^bits - 1. At 8 bits
-    byte c is channel c's code; at 4 bits byte c is channel c (low) and c + D/2 (high).
-    The last 8 bytes are centre and step of the first half, then of the second. Bytes
-    between are 0. K's channels are taken less a mean and by a power of two, static per
-    channel (`RowCode`).
-
+    byte c is channel c's code; at 4 XX
     Attributes:
         bits: 8 or 4.
         head_dim: D, even.
@@ -63,15 +59,14 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class RowCode:
-    """A layout, and what keys are quantised relative to: (k - mean) / factor.
+    """A layout, and what the channels of keys are divided by before they are quantised.
 
     Attributes:
         layout: The bytes.
-        mean, factor: float32, of a shape that broadcasts to `[..., D]` of the keys; factors are powers of two.
+        factor: Powers of two, float32, of a shape that broadcasts to `[..., D]` of the keys.
     """
 
     layout: RowLayout
-    mean: Tensor
     factor: Tensor
 
 
@@ -99,10 +94,10 @@ def encode_rows_reference(rows: Tensor, code: RowCode) -> Tensor:
     """`encode_rows` in torch, float32."""
     out = _coded_like(rows, code.layout)
     shape = rows.shape[:-2]
-    mean, factor = (value.expand(*shape, rows.shape[-1]) for value in (code.mean, code.factor))
+    factor = code.factor.expand(*shape, rows.shape[-1])
     for first in range(0, shape[-1], REFERENCE_ROWS):
         part = (..., slice(first, first + REFERENCE_ROWS), slice(None))
-        keys = (rows[..., 0, :][part].float() - mean[part]) / factor[part]
+        keys = rows[..., 0, :][part].float() / factor[part]
         _encode(keys, code.layout, out[..., 0, :][part])
         _encode(rows[..., 1, :][part].float(), code.layout, out[..., 1, :][part])
     return out
@@ -150,11 +145,11 @@ def decode_rows(coded: Tensor, code: RowCode, out: Tensor) -> Tensor:
 def decode_rows_reference(coded: Tensor, code: RowCode, out: Tensor) -> Tensor:
     """`decode_rows` in torch, float32."""
     shape = out.shape[:-2]
-    mean, factor = (value.expand(*shape, out.shape[-1]) for value in (code.mean, code.factor))
+    factor = code.factor.expand(*shape, out.shape[-1])
     for first in range(0, shape[-1], REFERENCE_ROWS):
         part = (..., slice(first, first + REFERENCE_ROWS), slice(None))
         keys = _decode(coded[..., 0, :][part], code.layout)
-        out[..., 0, :][part] = keys.mul_(factor[part]).add_(mean[part])
+        out[..., 0, :][part] = keys.mul_(factor[part])
         out[..., 1, :][part] = _decode(coded[..., 1, :][part], code.layout)
     return out
 
@@ -185,16 +180,16 @@ def _launch(kernel: object, rows: Tensor, coded: Tensor, code: RowCode) -> None:
         raise ValueError(f"rows {tuple(rows.shape)} must have at most three dimensions before K and V, and be dense")
     if rows.numel() == 0:
         return
-    mean, factor = (value.expand(*rows.shape[:-2], layout.head_dim) for value in (code.mean, code.factor))
+    factor = code.factor.expand(*rows.shape[:-2], layout.head_dim)
     sizes = (1,) * (3 - lead) + tuple(rows.shape[:-2])
-    strides = [(0,) * (3 - lead) + value.stride()[:lead] for value in (rows, coded, mean, factor)]
+    strides = [(0,) * (3 - lead) + value.stride()[:lead] for value in (rows, coded, factor)]
     # Of K and V.
     strides[0] += (rows.stride(-2),)
     strides[1] += (coded.stride(-2),)
     count = rows.shape[:-2].numel()
     half = layout.head_dim // 2
     kernel[(-(-count // TILE_ROWS), 2)](  # type: ignore[index]
-        *(rows, coded, mean, factor),
+        *(rows, coded, factor),
         *(count, sizes[1], sizes[2]),
         *(stride for group in strides for stride in group),
         BITS=layout.bits,

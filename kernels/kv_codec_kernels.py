@@ -72,9 +72,9 @@ def encode_half(value, known, BITS: tl.constexpr, FLOAT16_MAX: tl.constexpr):
 
 @jit(do_not_specialize=["count", "size1", "size2"])
 def encode_kernel(
-    rows, coded, mean, factor, count, size1, size2,
+    rows, coded, factor, count, size1, size2,
     rows0, rows1, rows2, rows_part, coded0, coded1, coded2, coded_part,
-    mean0, mean1, mean2, factor0, factor1, factor2,
+    factor0, factor1, factor2,
     BITS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr, PART_BYTES: tl.constexpr, TILE: tl.constexpr,
     FLOAT16_MAX: tl.constexpr,
 ):  # fmt: skip
@@ -90,12 +90,9 @@ def encode_kernel(
     first = tl.load(row, mask=known, other=0.0).to(tl.float32)
     second = tl.load(row + HALF, mask=known, other=0.0).to(tl.float32)
     if is_value == 0:
-        means = (mean + place_in(index, size1, size2, mean0, mean1, mean2))[:, None] + channel[None, :]
         factors = (factor + place_in(index, size1, size2, factor0, factor1, factor2))[:, None] + channel[None, :]
-        first = (first - tl.load(means, mask=known, other=0.0)) / tl.load(factors, mask=known, other=1.0)
-        second = (second - tl.load(means + HALF, mask=known, other=0.0)) / tl.load(
-            factors + HALF, mask=known, other=1.0
-        )
+        first = first / tl.load(factors, mask=known, other=1.0)
+        second = second / tl.load(factors + HALF, mask=known, other=1.0)
     codes1, centre1, step1 = encode_half(first, known, BITS, FLOAT16_MAX)
     codes2, centre2, step2 = encode_half(second, known, BITS, FLOAT16_MAX)
     part = coded + place_in(index, size1, size2, coded0, coded1, coded2) + is_value * coded_part
@@ -114,9 +111,9 @@ def encode_kernel(
 
 @jit(do_not_specialize=["count", "size1", "size2"])
 def decode_kernel(
-    rows, coded, mean, factor, count, size1, size2,
+    rows, coded, factor, count, size1, size2,
     rows0, rows1, rows2, rows_part, coded0, coded1, coded2, coded_part,
-    mean0, mean1, mean2, factor0, factor1, factor2,
+    factor0, factor1, factor2,
     BITS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr, PART_BYTES: tl.constexpr, TILE: tl.constexpr,
     FLOAT16_MAX: tl.constexpr,
 ):  # fmt: skip
@@ -133,10 +130,9 @@ def decode_kernel(
     first = codes1 * step1[:, None] + centre1[:, None]
     second = codes2 * step2[:, None] + centre2[:, None]
     if is_value == 0:
-        means = (mean + place_in(index, size1, size2, mean0, mean1, mean2))[:, None] + channel[None, :]
         factors = (factor + place_in(index, size1, size2, factor0, factor1, factor2))[:, None] + channel[None, :]
-        first = first * tl.load(factors, mask=known, other=1.0) + tl.load(means, mask=known, other=0.0)
-        second = second * tl.load(factors + HALF, mask=known, other=1.0) + tl.load(means + HALF, mask=known, other=0.0)
+        first = first * tl.load(factors, mask=known, other=1.0)
+        second = second * tl.load(factors + HALF, mask=known, other=1.0)
     row = rows + place_in(index, size1, size2, rows0, rows1, rows2) + is_value * rows_part
     row = row[:, None] + channel[None, :]
     tl.store(row, first.to(rows.dtype.element_ty), mask=known)

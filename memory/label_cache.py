@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -67,6 +69,12 @@ class LabelCache:
             kept = keys[:, chunk].gather(-1, channels[:, chunk])
             kept = kept.to(stored_as or kept.dtype).float() - mean
             encode_labels(kept, self.layout, out=self.rows[layer, :, first + chunk.start : first + chunk.stop])
+
+    def parts(self, layer: int, sequence: int, stop: int) -> Iterator[Tensor]:
+        """Labels of tokens 0 to `stop` where they lie: contiguous `[n, row_bytes]` uint8, by KV head."""
+        first = self._offsets[sequence]
+        for head in self.rows[layer]:
+            yield head[first : first + stop]
 
     def layer(self, layer: int) -> LabelRows:
         """One layer's labels, as the kernel that takes in a new token wants them."""

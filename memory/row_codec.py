@@ -9,36 +9,29 @@ from torch import Tensor
 
 from ds_offload.kernels.kv_codec import RowCode, RowLayout, decode_rows, encode_rows
 
-# A channel that hardly varies is taken as if it varied by this share of the one that varies most.
-_LEAST_SHARE = 2.0**-10
-
 
 class RowCodec:
     """The codes of some layers' rows; everything runs on the current stream.
 
-    Keys are quantised less their mean, and by the power of two nearest to their standard
-    deviation, per layer, KV head and channel: so the query takes the factor over exactly.
+    A channel of the keys is divided by a power of two, per layer and KV head, that balances
+    what quantising all channels of a row with one step does to scores: the query takes it over
+    exactly.
 
     Args:
         layout: The bytes of a row.
         layers: The layers, in the store's order.
-        mean, std: Of every layer's keys, `[L, Hkv, D]` float32.
+        factor: What every layer's channels of keys are to be divided by, `[L, Hkv, D]` float32.
         device: Where rows are encoded and decoded.
     """
 
-    def __init__(
-        self, layout: RowLayout, layers: Sequence[int], mean: Tensor, std: Tensor, device: torch.device
-    ) -> None:
+    def __init__(self, layout: RowLayout, layers: Sequence[int], factor: Tensor, device: torch.device) -> None:
         self.layout = layout
         self._index = {layer: n for n, layer in enumerate(layers)}
-        chosen = list(layers)
-        self._mean = mean[chosen].to(device)
-        self._factor = channel_factors(std[chosen]).to(device)
+        self._factor = torch.exp2(torch.log2(factor[list(layers)]).round()).to(device)
 
     def layer(self, layer: int) -> RowCode:
-        """A layer's code; mean and factor `[Hkv, D]`."""
-        index = self._index[layer]
-        return RowCode(self.layout, self._mean[index], self._factor[index])
+        """A layer's code; factor `[Hkv, D]`."""
+        return RowCode(self.layout, self._factor[self._index[layer]])
 
     def encode_prompt(self, layer: int, rows: Tensor) -> Tensor:
         """Quantise a layer's rows `[Hkv, n, 2, D]` to `[Hkv, n, 2, P]` uint8."""
@@ -46,19 +39,11 @@ class RowCodec:
 
     def encode_new(self, rows: Tensor) -> Tensor:
         """Quantise the new token's rows `[layers, B, Hkv, 2, D]` of all layers to `[layers, B, Hkv, 2, P]` uint8."""
-        return encode_rows(rows, RowCode(self.layout, self._mean[:, None], self._factor[:, None]))
+        return encode_rows(rows, RowCode(self.layout, self._factor[:, None]))
 
     def decode(self, layer: int, coded: Tensor, out: Tensor) -> Tensor:
         """Bring a layer's rows `[Hkv, n, 2, P]` back to `out` `[Hkv, n, 2, D]`."""
         return decode_rows(coded, self._by_head(layer), out)
 
     def _by_head(self, layer: int) -> RowCode:
-        code = self.layer(layer)
-        return RowCode(self.layout, code.mean[:, None], code.factor[:, None])
-
-
-def channel_factors(std: Tensor) -> Tensor:
-    """Powers of two nearest to standard deviations `[..., D]`; 1 for all of a head where none varies."""
-    largest = std.amax(-1, keepdim=True)
-    floored = torch.maximum(std, largest * _LEAST_SHARE)
-    return torch.where(largest > 0, torch.exp2(torch.log2(floored).round()), 1.0)
+        return RowCode(self.layout, self.layer(layer).factor[:, None])

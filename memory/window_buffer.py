@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,11 @@ class WindowBuffer:
         if first < length:
             slots = sinks + torch.arange(first, length, device=rows.device) % ring
             target[:, slots] = rows[:, first - start :].to(target.dtype)
+
+    def parts(self, layer: int, sequence: int) -> Iterator[Tensor]:
+        """The window's rows of a sequence where they lie: contiguous `[n, 2, D]`, by KV head."""
+        for head in self._rows[layer][sequence]:
+            yield head[: self._window.forced_slots]
 
     def tensor(self, layer: int) -> Tensor:
         """The layer's rows `[B, Hkv, C, 2, D]`; only slots that were filled hold numbers."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from ds_offload.kernels.coded_attention import coded_attention_launch
+from ds_offload.kernels.kv_codec import REFERENCE_ROWS
 from ds_offload.kernels.label_scores import REFERENCE_BLOCK
 from ds_offload.kernels.label_scores_launch import scores_launch
 from ds_offload.kernels.select import select_launch
@@ -69,10 +71,14 @@ def streamed_prefill_bytes(shape: CacheShape) -> int:
     block = min(prompt, stream_tokens(shape.kv_heads, shape.row_bytes)) * shape.kv_heads
     # Sums of the attention so far, a part of it, and the same as float32; a log-sum-exp of each, and the weights.
     attention = piece * shape.heads * (shape.head_dim * (8 + itemsize) + 16)
-    if shape.dtype != shape.kv_dtype:
+    decoded = 0
+    if shape.layout is not None:
+        decoded = block * shape.plain_row_bytes
+        attention += _codec_bytes(shape, shape.kv_heads, block // shape.kv_heads)
+    elif shape.dtype != shape.kv_dtype:
         attention += block * 2 * shape.head_dim * itemsize
-    workspace = max(_chunk_bytes(shape, piece), attention)
-    return _kept_bytes(shape, piece) + 2 * block * shape.row_bytes + workspace + _writer_bytes(shape, piece)
+    workspace = max(_chunk_bytes(shape, piece), attention) + 2 * block * shape.row_bytes + decoded
+    return _kept_bytes(shape, piece) + workspace + _writer_bytes(shape, piece)
 
 
 def hidden_state_bytes(shape: CacheShape) -> int:
@@ -96,13 +102,22 @@ def _chunk_bytes(shape: CacheShape, tokens: int) -> int:
 def _writer_bytes(shape: CacheShape, tokens: int) -> int:
     """What the writer takes while the next layer computes.
 
-    Float32 copies of keys on the way to labels, or rows in the store's dtype.
+    Float32 copies of keys on the way to labels, or rows in the store's dtype; quantised ones
+    are there while labels are made.
     """
     labels = 8 * min(tokens, _LABEL_TOKENS) * shape.kv_heads * shape.labels.channels
-    if shape.dtype == shape.kv_dtype:
-        return labels
     written = min(tokens, WRITTEN_SEGMENTS * shape.segment_tokens)
-    return max(labels, written * shape.kv_heads * shape.row_bytes)
+    rows = written * shape.kv_heads * shape.row_bytes
+    if shape.layout is not None:
+        return rows + max(labels, _codec_bytes(shape, shape.kv_heads, written))
+    return labels if shape.dtype == shape.kv_dtype else max(labels, rows)
+
+
+def _codec_bytes(shape: CacheShape, heads: int, tokens: int) -> int:
+    """Float32 copies of rows on their way to codes or back, on a CPU: at most 24 bytes a channel of K or V."""
+    if shape.cuda or shape.layout is None:
+        return 0
+    return 24 * heads * min(tokens, REFERENCE_ROWS) * shape.head_dim
 
 
 def decode_bytes(shape: CacheShape) -> int:
@@ -111,6 +126,10 @@ def decode_bytes(shape: CacheShape) -> int:
     places = 2 * rows * (shape.window.forced_slots + shape.most_kept) * 8
     logits = sequences * shape.vocab_size * (4 + shape.dtype.itemsize)
     parts = _cuda_step(shape) if shape.cuda else _cpu_step(shape)
+    if shape.layout is not None:
+        # The new rows of all layers, quantised.
+        new = (shape.layers - shape.dense_layers) * rows
+        parts += new * shape.row_bytes + _codec_bytes(shape, new, 1)
     return places + logits + parts + max(_layer_bytes(shape, sequences), _dense_bytes(shape))
 
 
@@ -156,8 +175,12 @@ def _cuda_step(shape: CacheShape) -> int:
             # A masked copy, the sorted one with its indices, and the sort's own.
             weighing += 10 * scores
     group = heads // shape.kv_heads
+    forced = shape.window.forced_slots
     split = slot_attention_launch(group, shape.head_dim, shape.dtype, shape.kv_dtype).split
-    splits = -(-(shape.window.forced_slots + shape.most_kept) // split)
+    splits = -(-(forced + shape.most_kept) // split)
+    if shape.layout is not None:
+        splits = -(-forced // split)
+        splits += -(-shape.most_kept // coded_attention_launch(group, shape.head_dim, shape.dtype).split)
     attention = sequences * heads * splits * (shape.head_dim + 2) * 4
     # The result of an admission and its scratch memory are four times the tokens.
     selection = scores + tokens + max(weighing, selecting, 4 * tokens)
@@ -193,6 +216,10 @@ def _cpu_step(shape: CacheShape) -> int:
     attended = rows * (shape.window.forced_slots + shape.most_kept)
     # Rows side by side, taken out of a store first where they lie there, and in the query's dtype.
     attention = attended * (shape.row_bytes * (2 if shape.kv_on_device else 1) + 4 * 8)
-    if shape.dtype != shape.kv_dtype:
+    if shape.layout is not None:
+        attention = attended * (shape.row_bytes + shape.plain_row_bytes + 4 * 8) + _codec_bytes(
+            shape, rows, shape.most_kept
+        )
+    elif shape.dtype != shape.kv_dtype:
         attention += attended * 2 * shape.head_dim * shape.dtype.itemsize
     return max(selection, attention) + (tokens if shape.predicted else 0)

@@ -53,7 +53,7 @@ def make_case(
     """
     generator = torch.Generator().manual_seed(dim + count)
     code = make_code(bits, dim, kv_heads)
-    by_head = RowCode(code.layout, code.mean[:, None], code.factor[:, None])
+    by_head = RowCode(code.layout, code.factor[:, None])
     query = torch.randn(2, kv_heads * group, dim, generator=generator).to(dtype)
     near = make_rows(by_head, (2, kv_heads, window), dtype)
     plain = make_rows(by_head, (2, kv_heads, count + 3), torch.float32)
@@ -68,5 +68,5 @@ def make_case(
         named = torch.zeros(2, kv_heads, capacity + 1, dtype=torch.bool).scatter_(-1, order % (capacity + 1), True)
         values.masked_fill_(~named[..., :capacity, None, None], 0xFF if values.dtype == torch.uint8 else torch.nan)
         slots = torch.cat((slots, order), -1)
-    on_device = RowCode(code.layout, code.mean.to(device), code.factor.to(device))
+    on_device = RowCode(code.layout, code.factor.to(device))
     return CodedCase(*(x.to(device) for x in (query, near, rows)), on_device, slots.to(device), plain.to(device))

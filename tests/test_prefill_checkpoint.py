@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import random_prompts, save_tiny, tiny_config
 
+import ds_offload.kv_context
 import ds_offload.prefill_checkpoint
 import ds_offload.tensor_file
 from ds_offload import InputError, OffloadConfig, OffloadedGenerator
@@ -32,7 +33,8 @@ class Stopped(Exception):
 @pytest.fixture(autouse=True)
 def _every_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ds_offload.prefill_checkpoint, "EVERY_S", 0.0)
-    monkeypatch.setattr(ds_offload.prefill_checkpoint, "_RESTORED_TOKENS", 31)
+    monkeypatch.setattr(ds_offload.prefill_checkpoint, "_PART_TOKENS", 31)
+    monkeypatch.setattr(ds_offload.kv_context, "RESTORED_TOKENS", 31)
     monkeypatch.setenv("DS_OFFLOAD_CACHE", str(tmp_path / "cache"))
 
 
@@ -69,6 +71,8 @@ def interrupt(gen: OffloadedGenerator, folder: Path, layers: int, ids: list[int]
         {"dense_layers": (0, 3)},
         {"kv_location": "gpu"},
         {"kv_dtype": "bf16", "label_bits": 8},
+        {"kv_dtype": "int8"},
+        {"kv_dtype": "int4", "dense_layers": (0, 3), "kv_location": "gpu"},
         {"token_budget": "1/1", "recent_tokens": 100},
     ],
 )

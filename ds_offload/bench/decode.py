@@ -107,7 +107,6 @@ def bench_decode(
         head_dim=source.shape.head_dim,
         layers=source.shape.layers,
         trained_context=source.shape.trained_context,
-        kv_dtype=dtype_name(source.dtype),
     )
     tokenizer, windows = None, None
     if sizes.text is not None:

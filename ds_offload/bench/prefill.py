@@ -70,7 +70,6 @@ def bench_prefill(
         head_dim=source.shape.head_dim,
         layers=source.shape.layers,
         trained_context=source.shape.trained_context,
-        kv_dtype=dtype_name(source.dtype),
     )
     lengths = [sizes.tokens], [sizes.tokens + 1]
     config = settle_config(source, config, device, *lengths)

@@ -52,7 +52,7 @@ def config(loaded: LoadedModel) -> OffloadConfig:
     given = OffloadConfig(
         max_context=CAPACITY, token_budget=KEPT + WINDOW, sink_tokens=2, recent_tokens=4, segment_tokens=64, hot_set=2
     )
-    return given.resolve(head_dim=shape.head_dim, layers=shape.layers, trained_context=512, kv_dtype="fp32")
+    return given.resolve(head_dim=shape.head_dim, layers=shape.layers, trained_context=512)
 
 
 @pytest.fixture(scope="module")

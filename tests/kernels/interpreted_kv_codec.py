@@ -57,7 +57,7 @@ def test_strided_rows_and_a_part_of_a_buffer(bits: int) -> None:
 def test_rows_without_a_spread() -> None:
     code = make_code(4, 16, 1)
     rows = torch.full((3, 2, 16), 7.0)
-    rows[:, 0] = code.mean
+    rows[:, 0] = code.factor
     back = torch.empty(rows.shape)
     _launch(decode_kernel, back, encode(rows, code), code)
     torch.testing.assert_close(back, rows)

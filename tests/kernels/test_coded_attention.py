@@ -19,7 +19,7 @@ TOLERANCE = {F32: {"rtol": 1e-4, "atol": 1e-4}, F16: {"rtol": 5e-3, "atol": 5e-3
 def naive(case: CodedCase) -> torch.Tensor:
     """Row by row, float64."""
     window = case.window.shape[2]
-    by_head = RowCode(case.code.layout, case.code.mean[:, None], case.code.factor[:, None])
+    by_head = RowCode(case.code.layout, case.code.factor[:, None])
     shape = (*case.rows.shape[:-1], case.query.shape[-1])
     rows = decode_rows_reference(case.rows, by_head, torch.empty(shape, device=case.rows.device)).double()
     out = torch.empty(case.query.shape, dtype=torch.float64, device=case.query.device)

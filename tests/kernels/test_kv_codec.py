@@ -31,9 +31,9 @@ def test_layouts_that_do_not_exist(bits: int, dim: int) -> None:
 
 
 def test_the_bytes_of_a_row() -> None:
-    """Written out: two halves of K less mean over factor, two of V."""
-    code = RowCode(RowLayout(4, 4), torch.tensor([10.0, 0, 0, 0]), torch.tensor([2.0, 1, 1, 1]))
-    row = torch.tensor([[10.0, 15, 30, 0], [-1, -1, 0, 7.5]])[None]
+    """Written out: two halves of K over its factors, two of V."""
+    code = RowCode(RowLayout(4, 4), torch.tensor([2.0, 1, 1, 1]))
+    row = torch.tensor([[0.0, 15, 30, 0], [-1, -1, 0, 7.5]])[None]
     coded = encode_rows(row, code)[0]
     assert coded.shape == (2, 16)
     # Channels 0 and 1 are 0 and 15: codes 0 and 15. Channels 2 and 3 are 30 and 0: codes 15 and 0.
@@ -71,14 +71,14 @@ def test_codes_by_layer_and_head_and_strided_rows() -> None:
     coded = encode_rows(wide[:, :, ::2], code)
     for layer in range(3):
         for head in range(2):
-            alone = RowCode(code.layout, code.mean[layer, 0, head], code.factor[layer, 0, head])
+            alone = RowCode(code.layout, code.factor[layer, 0, head])
             assert torch.equal(coded[layer, :, head], encode_rows(rows[layer, :, head], alone))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_far_and_tiny_values(bits: int) -> None:
     """Beyond float16's range values saturate, and steps too small for it vanish; nothing becomes NaN."""
-    code = RowCode(RowLayout(bits, 4), torch.zeros(4), torch.ones(4))
+    code = RowCode(RowLayout(bits, 4), torch.ones(4))
     rows = torch.tensor([[1e9, -1e9, 1e-9, 2e-9], [0, 0, 65504, 65000]])
     back = decode_rows(encode_rows(rows[None], code), code, torch.empty(1, 2, 4))[0]
     assert back.isfinite().all()
@@ -113,7 +113,7 @@ def test_cuda(bits: int, dim: int, dtype: torch.dtype) -> None:
         assert ((back - rows.double()).abs() <= bound * 1.001 + 1e-6).all()
         close = torch.isclose(back.double(), expected, rtol=1e-5, atol=1e-5)
         assert close.double().mean() > 0.999
-        on_cpu = RowCode(code.layout, code.mean.cpu(), code.factor.cpu())
+        on_cpu = RowCode(code.layout, code.factor.cpu())
         there = decode_rows(coded.cpu(), on_cpu, torch.empty(rows.shape))
         torch.testing.assert_close(back.cpu(), there, rtol=1e-6, atol=1e-6)
 
