@@ -24,6 +24,8 @@ WRITTEN_SEGMENTS = 16
 _LABEL_TOKENS = 4096
 # Weights, expert numbers and permutations of a token's expert: a dozen numbers of up to 8 bytes.
 _ROUTING_BYTES = 96
+# A channel of K or V on its way to a code, and back, as the CPU's torch does it.
+_ENCODED_BYTES, _DECODED_BYTES = 24, 12
 
 
 def chunk_tokens(hidden_size: int, intermediate_size: int, itemsize: int) -> int:
@@ -74,7 +76,7 @@ def streamed_prefill_bytes(shape: CacheShape) -> int:
     decoded = 0
     if shape.layout is not None:
         decoded = block * shape.plain_row_bytes
-        attention += _codec_bytes(shape, shape.kv_heads, block // shape.kv_heads)
+        attention += _codec_bytes(shape, shape.kv_heads, block // shape.kv_heads, _DECODED_BYTES)
     elif shape.dtype != shape.kv_dtype:
         attention += block * 2 * shape.head_dim * itemsize
     workspace = max(_chunk_bytes(shape, piece), attention) + 2 * block * shape.row_bytes + decoded
@@ -109,15 +111,13 @@ def _writer_bytes(shape: CacheShape, tokens: int) -> int:
     written = min(tokens, WRITTEN_SEGMENTS * shape.segment_tokens)
     rows = written * shape.kv_heads * shape.row_bytes
     if shape.layout is not None:
-        return rows + max(labels, _codec_bytes(shape, shape.kv_heads, written))
+        return rows + max(labels, _codec_bytes(shape, shape.kv_heads, written, _ENCODED_BYTES))
     return labels if shape.dtype == shape.kv_dtype else max(labels, rows)
 
 
-def _codec_bytes(shape: CacheShape, heads: int, tokens: int) -> int:
-    """Float32 copies of rows on their way to codes or back, on a CPU: at most 24 bytes a channel of K or V."""
-    if shape.cuda or shape.layout is None:
-        return 0
-    return 24 * heads * min(tokens, REFERENCE_ROWS) * shape.head_dim
+def _codec_bytes(shape: CacheShape, heads: int, tokens: int, channel: int) -> int:
+    """Float32 copies of rows on their way to codes or back, `channel` bytes a channel of K or V; on a CPU only."""
+    return 0 if shape.cuda else channel * heads * min(tokens, REFERENCE_ROWS) * shape.head_dim
 
 
 def decode_bytes(shape: CacheShape) -> int:
@@ -129,7 +129,7 @@ def decode_bytes(shape: CacheShape) -> int:
     if shape.layout is not None:
         # The new rows of all layers, quantised.
         new = (shape.layers - shape.dense_layers) * rows
-        parts += new * shape.row_bytes + _codec_bytes(shape, new, 1)
+        parts = max(parts, new * shape.row_bytes + _codec_bytes(shape, new, 1, _ENCODED_BYTES))
     return places + logits + parts + max(_layer_bytes(shape, sequences), _dense_bytes(shape))
 
 
@@ -217,9 +217,8 @@ def _cpu_step(shape: CacheShape) -> int:
     # Rows side by side, taken out of a store first where they lie there, and in the query's dtype.
     attention = attended * (shape.row_bytes * (2 if shape.kv_on_device else 1) + 4 * 8)
     if shape.layout is not None:
-        attention = attended * (shape.row_bytes + shape.plain_row_bytes + 4 * 8) + _codec_bytes(
-            shape, rows, shape.most_kept
-        )
+        attention = attended * (shape.plain_row_bytes + 4 * 8) + rows * shape.most_kept * shape.row_bytes
+        attention += _codec_bytes(shape, rows, shape.most_kept, _DECODED_BYTES)
     elif shape.dtype != shape.kv_dtype:
         attention += attended * 2 * shape.head_dim * shape.dtype.itemsize
     return max(selection, attention) + (tokens if shape.predicted else 0)

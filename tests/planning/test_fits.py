@@ -47,6 +47,10 @@ CASES = {
     "store on the device": Case("mistral", 2, [400], config={"kv_location": "gpu", "token_budget": "1/2"}),
     "every token": Case("llama", 2, [500], config={"token_budget": "1/1", "recent_tokens": 5, "sink_tokens": 0}),
     "long answers of short prompts": Case("llama", 1, [3] * 6, new=160, config={"token_budget": "1/2"}),
+    "int8": Case("llama", 2, [1300, 70], config={"kv_dtype": "int8"}),
+    "int4, store on the device": Case("llama", 4, [700], config={"kv_dtype": "int4", "kv_location": "gpu"}),
+    "int4, every token": Case("llama", 1, [300, 90], config={"kv_dtype": "int4", "token_budget": "1/1"}),
+    "int8, dense layer": Case("mistral", 2, [500], config={"kv_dtype": "int8", "dense_layers": (1,), "hot_set": 0}),
     "wide MLP, off": Case(
         "llama", 2, [700], config={"prefetch": "off", "label_bits": 4}, sizes={"intermediate_size": 1024}
     ),
@@ -54,7 +58,7 @@ CASES = {
 
 
 def prepare(folder: Path, case: Case, **limits: int) -> PreparedModel:
-    config = OffloadConfig(**{"max_context": 4096, "hot_set": 2, "prefetch": "exact"} | case.config | limits)
+    config = OffloadConfig(**{"max_context": 4096, "hot_set": 2, "prefetch": "exact", "kv_dtype": "fp32"} | case.config | limits)
     return PreparedModel.find(str(folder), config, "auto", "cpu", "auto", None)
 
 
