@@ -12,7 +12,7 @@ from ds_offload.calibration import Calibration
 from ds_offload.config import OffloadConfig
 from ds_offload.decoder import DecoderStack, Rope
 from ds_offload.dtypes import RowFormat
-from ds_offload.kernels.coded_attention import coded_attention
+from ds_offload.kernels.coded_attention import coded_attention, kept_rows
 from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.kernels.new_token import HeadNorms, new_token
 from ds_offload.kernels.slot_attention import slot_attention
@@ -25,7 +25,7 @@ from ds_offload.memory.plan import hot_set_capacity
 from ds_offload.memory.row_codec import RowCodec
 from ds_offload.memory.window import AttentionWindow
 from ds_offload.memory.window_buffer import WindowBuffer
-from ds_offload.prefetch.scheduler import PrefetchScheduler
+from ds_offload.prefetch.scheduler import Kept, PrefetchScheduler
 from ds_offload.prefetch.selection import Selector, Step
 from ds_offload.prefetch.streams import Faults, Streams
 
@@ -327,6 +327,12 @@ class KVContext:
         assert self.window_buffer is not None, "quantised rows have their window apart"
         window, code = self.window_buffer.tensor(layer), self.codec.layer(layer)
         return coded_attention(query, window, kept.rows, code, kept.places, self._scaling)
+
+    def kept_rows(self, layer: int, kept: Kept) -> Tensor:
+        """Quantised and window rows that a layer's query attends to, `[B, Hkv, P, 2, D]` float32, 0 for padding."""
+        assert self.codec is not None and self.window_buffer is not None, "rows are quantised"
+        window = self.window_buffer.tensor(layer)
+        return kept_rows(window, kept.rows, self.codec.layer(layer), kept.places, torch.float32)[0]
 
     def kept_tokens(self, length: int) -> int:
         """Tokens a KV head attends to at most in a context of `length` tokens."""

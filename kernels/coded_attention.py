@@ -70,7 +70,8 @@ def coded_attention(
     """
     out = _checked_out(query, window, rows, code, slots, out)
     if not query.is_cuda:
-        return out.copy_(sparse_attention(query, *_kept_rows(window, rows, code, slots, query.dtype), scaling))
+        _check_slots(window, rows, slots)
+        return out.copy_(sparse_attention(query, *kept_rows(window, rows, code, slots, query.dtype), scaling))
     with launching(query.device, "coded_attention"):
         _launch(query, window, rows, code, slots, scaling, out)
     return out
@@ -87,14 +88,17 @@ def coded_attention_reference(
 ) -> Tensor:
     """`coded_attention` in torch, float32, written out. Waits for the device."""
     out = _checked_out(query, window, rows, code, slots, out)
-    kept = _kept_rows(window, rows, code, slots, torch.float32)
+    kept = kept_rows(window, rows, code, slots, torch.float32)
     return out.copy_(sparse_attention_reference(query, *kept, scaling))
 
 
-def _kept_rows(
+def kept_rows(
     window: Tensor, rows: Tensor | StoredRows, code: RowCode, slots: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The named rows side by side, [B, Hkv, W + K, 2, D] of `dtype`, 0 where an entry is skipped; and which are not."""
+    """The named rows side by side, as numbers [B, Hkv, W + K, 2, D] of `dtype`, and which entries name one.
+
+    Arguments as for `coded_attention`; entries that are skipped give 0. Nothing waits for the device.
+    """
     near, far = slots[..., : window.shape[2]], slots[..., window.shape[2] :]
     kept = torch.empty(*slots.shape, 2, code.layout.head_dim, dtype=dtype, device=slots.device)
     kept[:, :, : near.shape[2]] = _at(window, near)
@@ -112,11 +116,16 @@ def _kept_rows(
 
 def _at(rows: Tensor, slots: Tensor) -> Tensor:
     """Rows [B, Hkv, C, 2, N] at `slots` [B, Hkv, K]; those of -1 are any."""
-    if slots.numel() and int(slots.max()) >= rows.shape[2]:
-        raise ValueError(f"slot {int(slots.max())} is beyond the {rows.shape[2]} rows of a head")
     b = torch.arange(slots.shape[0], device=slots.device)[:, None, None]
     h = torch.arange(slots.shape[1], device=slots.device)[:, None]
     return rows[b, h, slots.clamp(min=0)]
+
+
+def _check_slots(window: Tensor, rows: Tensor | StoredRows, slots: Tensor) -> None:
+    near, far = slots[..., : window.shape[2]], slots[..., window.shape[2] :]
+    for part, capacity in ((near, window.shape[2]), (far, rows.shape[2] if isinstance(rows, Tensor) else rows.tokens)):
+        if part.numel() and int(part.max()) >= capacity:
+            raise ValueError(f"slot {int(part.max())} is beyond the {capacity} rows of a head")
 
 
 def _launch(

@@ -38,6 +38,7 @@ class HotSet:
     Attributes:
         capacity, reuse: As given.
         window: The window's rows, here or apart.
+        first_place: Of the C slots in the rows.
     """
 
     def __init__(
@@ -58,9 +59,9 @@ class HotSet:
         self.capacity = capacity
         self.reuse = reuse
         self._store = store
-        self._first_place = 0 if apart is not None else window.forced_slots
+        self.first_place = 0 if apart is not None else window.forced_slots
         heads = (sequences, kv_heads)
-        shape = (*heads, self._first_place + capacity, 2, head_dim)
+        shape = (*heads, self.first_place + capacity, 2, head_dim)
         self._rows = {n: torch.empty(shape, dtype=store.dtype, device=device) for n in layers}
         self.window = apart or WindowBuffer(window, self._rows)
         self._state = {n: AdmitState.empty(*heads, capacity, context, device) for n in layers}
@@ -103,7 +104,7 @@ class HotSet:
             tokens,
             self._clock[layer].add_(1),
             self._recent[layer],
-            first_place=self._first_place,
+            first_place=self.first_place,
             places=places,
             counts=counts,
             attended=attended,

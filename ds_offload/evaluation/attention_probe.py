@@ -87,20 +87,25 @@ class AttentionProbe:
         beyond = torch.arange(scores.shape[-1], device=scores.device) >= step.lengths[:, None]
         weights = scores.masked_fill(beyond[:, None, None], -torch.inf).softmax(-1)
         exact = (weights @ rows[..., 1, :].float()).flatten(1, 2)
-        captured = self._captured(context, grouped, scores, beyond, kept)
+        captured = self._captured(context, layer, grouped, scores, beyond, kept)
         error = (out.float() - exact).norm(dim=-1) / exact.norm(dim=-1)
         self.mass[layer] += captured.double().mean()
         self.error[layer] += error.double().mean()
         self.steps[layer] += 1
 
-    def _captured(self, context: KVContext, grouped: Tensor, scores: Tensor, beyond: Tensor, kept: Kept) -> Tensor:
+    def _captured(
+        self, context: KVContext, layer: int, grouped: Tensor, scores: Tensor, beyond: Tensor, kept: Kept
+    ) -> Tensor:
         """Exact attention weight of the attended tokens, `[B, Hkv, G]`.
 
         A place of the hot set does not say whose token it is, so its key is scored again.
         """
         every = scores.masked_fill(beyond[:, None, None], -torch.inf).logsumexp(-1)
         places, padding = kept.places.clamp(min=0), (kept.places < 0)[:, :, None]
-        if context.hot_set is None:
+        if context.codec is not None:
+            keys = context.kept_rows(layer, kept)[..., 0, :]
+            chosen = self._scaling * grouped @ keys.transpose(-1, -2)
+        elif context.hot_set is None:
             chosen = scores.gather(-1, places[:, :, None].expand(-1, -1, grouped.shape[2], -1))
         else:
             rows = cast(Tensor, kept.rows)
@@ -112,18 +117,29 @@ class AttentionProbe:
         """K and V of every token `[B, Hkv, T, 2, D]`, the current one's too; beyond the lengths anything finite."""
         batch, kv_heads = len(query), context.labels.rows.shape[1]
         shape = (batch, kv_heads, step.max_length, 2, query.shape[-1])
+        codec, window = context.codec, context.window_buffer
         if self._rows is None or self._rows.shape != shape:
-            self._rows = torch.zeros(shape, dtype=context.store.dtype, device=query.device)
+            dtype = context.store.dtype if codec is None else query.dtype
+            self._rows = torch.zeros(shape, dtype=dtype, device=query.device)
         every = torch.arange(step.max_length, device=query.device).expand(batch, -1)
-        # The store has the current token's row already only where attention reads the store.
-        end = step.lengths if context.hot_set is None else step.positions
+        # The store has the current token's row already only where attention reads the window there.
+        end = step.lengths if window is None else step.positions
         tokens = torch.where(every < end[:, None], every, -1)[:, None].expand(-1, kv_heads, -1).contiguous()
         slots = every[:, None].expand(-1, kv_heads, -1).contiguous()
-        context.store.gather(layer, tokens, slots, self._rows)
-        if context.hot_set is not None:
-            place = context.hot_set.window_places(step.positions[:, None])
-            each = torch.arange(batch, device=query.device)
-            self._rows[each, :, step.positions] = context.hot_set.rows(layer)[each, :, place[:, 0]]
+        if codec is None:
+            context.store.gather(layer, tokens, slots, self._rows)
+        else:
+            coded = self._rows.new_zeros((*shape[:4], codec.layout.part_bytes), dtype=torch.uint8)
+            context.store.gather(layer, tokens, slots, coded)
+            for sequence, rows in enumerate(coded):
+                codec.decode(layer, rows, self._rows[sequence])
+        if window is not None:
+            # As they are attended to: quantised rows of the window are not.
+            forced = (context.window.sink_tokens(step.lengths), context.window.recent_tokens(step.lengths))
+            tokens = torch.cat(forced, -1)
+            tokens = torch.where(tokens < 0, step.positions[:, None], tokens)
+            each = torch.arange(batch, device=query.device)[:, None]
+            self._rows[each, :, tokens] = window.tensor(layer)[each, :, window.places(tokens)]
         return self._rows
 
 

@@ -95,10 +95,11 @@ def test_changes_make_it_fit(seed: int) -> None:
         # A hot set of twice the budget is about a tenth of it all.
         (0.97, 1, 1, ["--hot-set 1.25"]),
         (0.955, 1, 1, ["--hot-set 1"]),
-        (0.93, 1, 1, ["--token-budget 1/64"]),
-        (0.9, 1, 1, ["--ctx 120k"]),
-        (1, 0.9, 1, ["--ctx 115k"]),
-        (1, 0.3, 4, ["--batch 1"]),
+        (0.93, 1, 1, ["--kv-dtype int8"]),
+        (0.8, 1, 1, ["--ctx 85k"]),
+        (1, 0.9, 1, ["--kv-dtype int8"]),
+        (1, 0.5, 1, ["--kv-dtype int4"]),
+        (1, 0.26, 4, ["--batch 1"]),
         (0.25, 1, 1, None),
     ],
 )
@@ -136,7 +137,7 @@ def test_changes_are_combined_where_none_alone_is_enough() -> None:
 
 def test_prompts_that_are_there_stay() -> None:
     """A run may have a smaller answer, never a shorter prompt or fewer sequences."""
-    whole = request()
+    whole = request(kv_dtype="int4")
     run = dataclasses.replace(whole, prompts=(100_000,), most=(101_000,))
     flags = find_changes(run, limits_of(run, host=0.9999))
     assert flags == ["--ctx 98k"]
