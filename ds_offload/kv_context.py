@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ds_offload.calibration import Calibration
 from ds_offload.config import OffloadConfig
 from ds_offload.decoder import DecoderStack, Rope
 from ds_offload.dtypes import RowFormat
-from ds_offload.kernels.coded_attention import coded_attention, kept_rows
+from ds_offload.kernels.coded_attention import coded_attention
 from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.kernels.new_token import HeadNorms, new_token
 from ds_offload.kernels.slot_attention import slot_attention
@@ -25,21 +25,9 @@ from ds_offload.memory.plan import hot_set_capacity
 from ds_offload.memory.row_codec import RowCodec
 from ds_offload.memory.window import AttentionWindow
 from ds_offload.memory.window_buffer import WindowBuffer
-from ds_offload.prefetch.scheduler import Kept, PrefetchScheduler
+from ds_offload.prefetch.scheduler import PrefetchScheduler
 from ds_offload.prefetch.selection import Selector, Step
 from ds_offload.prefetch.streams import Faults, Streams
-
-# Tokens whose labels are made again at a time.
-RESTORED_TOKENS = 4096
-
-
-class KeptPart(NamedTuple):
-    """A tensor that is kept of a layer: its name, dtype and shape, and the contiguous parts it lies in, in order."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    parts: Iterator[Tensor]
 
 
 class KVContext:
@@ -224,40 +212,23 @@ class KVContext:
         """A dense layer's rows `[Hkv, stop, 2, D]` where they lie."""
         return self._dense[sequence].rows(layer, 0, stop)
 
-    def kept_parts(self, layer: int, sequence: int, stop: int) -> Iterator[KeptPart]:
-        """All that must be kept of a layer's tokens 0 to `stop` to go on with them later; see `restore`.
-
-        Stored rows; and of quantised ones also the labels and the window, which were made of
-        the rows before that.
-        """
-        store, _ = self._store_of(layer, sequence)
-        yield KeptPart("layer", store.dtype, store.prompt_shape(stop), self.row_parts(layer, sequence, stop))
-        if self.codec is None or layer in self._dense_layers:
-            return
-        assert self.window_buffer is not None, "quantised rows have their window apart"
-        heads = store.prompt_shape(stop)[0]
-        labels = (heads, stop, self.labels.layout.row_bytes)
-        yield KeptPart("labels", torch.uint8, labels, self.labels.parts(layer, sequence, stop))
-        window = (heads, self.window.forced_slots, *self._new_rows.shape[-2:])
-        yield KeptPart("window", self._new_rows.dtype, window, self.window_buffer.parts(layer, sequence))
+    def stored_as(self, layer: int, tokens: int) -> tuple[torch.dtype, tuple[int, ...]]:
+        """dtype and shape of a layer's stored rows of `tokens` tokens: `[Hkv, T, 2, D]`, quantised `[Hkv, T, 2, P]`."""
+        store, _ = self._store_of(layer, 0)
+        return store.dtype, store.prompt_shape(tokens)
 
     def row_parts(self, layer: int, sequence: int, stop: int) -> Iterator[Tensor]:
         """Stored rows of tokens 0 to `stop` where they lie: contiguous `[n, 2, D]`, by KV head, then by token."""
         store, number = self._store_of(layer, sequence)
         return store.parts(layer, number, 0, stop)
 
-    def restore(self, layer: int, sequence: int, tokens: int) -> None:
-        """Make what `kept_parts` does not hold, once its parts are filled with tokens 0 to `tokens`."""
-        if self.codec is not None or layer in self._dense_layers:
+    def restore_prompt(self, layer: int, sequence: int, rows: Tensor, start: int) -> None:
+        """Make labels and window of tokens whose rows `[Hkv, n, 2, D]`, not quantised, are in the store already."""
+        if layer in self._dense_layers:
             return
-        shape = self.store.prompt_shape(tokens)
-        for start in range(0, tokens, RESTORED_TOKENS):
-            size = (shape[0], min(RESTORED_TOKENS, tokens - start), *shape[2:])
-            rows = torch.empty(size, dtype=self.store.dtype, device=self._device)
-            self.read_rows(layer, sequence, start, rows)
-            if self.window_buffer is not None:
-                self.window_buffer.fill(layer, sequence, rows, start)
-            self._write_labels(layer, sequence, start, rows)
+        if self.window_buffer is not None:
+            self.window_buffer.fill(layer, sequence, rows, start)
+        self._write_labels(layer, sequence, start, rows)
 
     def keep(self, lengths: list[int]) -> list[int]:
         """Candidates that contexts of `lengths` tokens keep at most."""
@@ -327,12 +298,6 @@ class KVContext:
         assert self.window_buffer is not None, "quantised rows have their window apart"
         window, code = self.window_buffer.tensor(layer), self.codec.layer(layer)
         return coded_attention(query, window, kept.rows, code, kept.places, self._scaling)
-
-    def kept_rows(self, layer: int, kept: Kept) -> Tensor:
-        """Quantised and window rows that a layer's query attends to, `[B, Hkv, P, 2, D]` float32, 0 for padding."""
-        assert self.codec is not None and self.window_buffer is not None, "rows are quantised"
-        window = self.window_buffer.tensor(layer)
-        return kept_rows(window, kept.rows, self.codec.layer(layer), kept.places, torch.float32)[0]
 
     def kept_tokens(self, length: int) -> int:
         """Tokens a KV head attends to at most in a context of `length` tokens."""

@@ -21,6 +21,7 @@ from ds_offload.config import OffloadConfig
 from ds_offload.dtypes import QUANTISED_BITS, dtype_name
 from ds_offload.errors import InputError, LoadError
 from ds_offload.fingerprint import fingerprint
+from ds_offload.kept_parts import kept_parts, restore_parts
 from ds_offload.kv_context import KVContext
 from ds_offload.notices import notice
 from ds_offload.tensor_file import FileRecord, read_tensor, write_file, write_tensor
@@ -87,8 +88,8 @@ class PrefillCheckpoint:
     """The finished layers' K/V, a file each, the hidden states behind the last of them, and a header.
 
     The header is written last, by renaming: what it names is there, whenever the process
-    ends. Hidden states of the header before are removed behind that. Labels are not kept;
-    they are made again from the K/V.
+    ends. Hidden states of the header before are removed behind that. Labels are made again
+    from the K/V, but with quantised K/V, where labels and window are files of their own.
 
     Args:
         folder: Made if it is not there.
@@ -159,7 +160,7 @@ class PrefillCheckpoint:
                 # The writer's copies of the last layers are behind what the compute stream has done.
                 torch.cuda.synchronize(context.store.device)
             for layer in range(self._done, done):
-                for name, dtype, shape, parts in context.kept_parts(layer, sequence, self._identity.tokens):
+                for name, dtype, shape, parts in kept_parts(context, layer, sequence, self._identity.tokens):
                     writing = self._folder / _part_name(name, layer)
                     files[writing.name] = write_tensor(writing, dtype, shape, parts)
             writing = self._folder / _hidden_name(done)
@@ -186,10 +187,10 @@ class PrefillCheckpoint:
 
     def _restore(self, context: KVContext, sequence: int, layer: int) -> None:
         tokens = self._identity.tokens
-        for part, dtype, shape, parts in context.kept_parts(layer, sequence, tokens):
+        for part, dtype, shape, parts in kept_parts(context, layer, sequence, tokens):
             name = _part_name(part, layer)
             read_tensor(self._folder / name, self._files[name], dtype, shape, parts)
-        context.restore(layer, sequence, tokens)
+        restore_parts(context, layer, sequence, tokens)
 
     def _header(self, files: dict[str, FileRecord], done: int) -> bytes:
         content: dict[str, Any] = {

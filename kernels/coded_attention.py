@@ -10,8 +10,8 @@ from torch import Tensor
 from ds_offload.kernels.coded_attention_kernels import coded_tensor_core_kernel, coded_vector_kernel
 from ds_offload.kernels.gather import gather_rows
 from ds_offload.kernels.kv_codec import RowCode, decode_rows
-from ds_offload.kernels.slot_attention import (
-    FLOATS,
+from ds_offload.kernels.slot_attention import FLOATS
+from ds_offload.kernels.slot_attention_launch import (
     Partials,
     SlotAttentionLaunch,
     StoredRows,
@@ -156,7 +156,8 @@ def _launch(
             layer, segments, segment_tokens = rows.layer, source.shape[1], rows.table.segment_tokens
             alignment = math.gcd(16, code.layout.part_bytes)
         else:
-            source, capacity, strides = rows, rows.shape[2], rows.stride()[:3]
+            source, capacity = rows, rows.shape[2]
+            strides = rows.stride(0), rows.stride(1), rows.stride(2)
             alignment = math.gcd(8, rows.data_ptr(), *strides)
         half = head_dim // 2
         kernel, shared = (coded_vector_kernel, {})

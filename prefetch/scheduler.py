@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ds_offload.kernels.slot_attention import StoredRows
+from ds_offload.kernels.slot_attention_launch import StoredRows
 from ds_offload.memory.hot_set import HotSet
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.window import AttentionWindow

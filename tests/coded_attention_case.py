@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_offload.kernels.kv_codec import RowCode, encode_rows_reference
 from ds_offload.kernels.segment_table import SegmentTable
-from ds_offload.kernels.slot_attention import StoredRows
+from ds_offload.kernels.slot_attention_launch import StoredRows
 
 
 @dataclass(frozen=True)

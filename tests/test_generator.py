@@ -138,7 +138,9 @@ def test_quantised_rows_change_logits_little(
     logits = {}
     for stored in ("fp32", kv_dtype):
         with make(llama, token_budget="1/1", kv_dtype=stored, **changes) as gen:
-            logits[stored] = torch.stack([out.logits[:2] for out in gen.generate(prompts, max_new_tokens=2, output_logits=True)])
+            logits[stored] = torch.stack(
+                [out.logits[:2] for out in gen.generate(prompts, max_new_tokens=2, output_logits=True)]
+            )
     first = logits["fp32"][:, 0]
     assert torch.equal(first, logits[kv_dtype][:, 0]), "the prompt itself is read exactly"
     far = (logits["fp32"] - logits[kv_dtype])[:, 1].norm() / first.norm()

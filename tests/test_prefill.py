@@ -56,7 +56,9 @@ class State:
         forced = context.window.forced_slots
         held = context.window_buffer
         self.window = (
-            [held.tensor(n)[..., :forced, :, :].float().cpu().clone() for n in layers if n in context.store] if held else []
+            [held.tensor(n)[..., :forced, :, :].float().cpu().clone() for n in layers if n in context.store]
+            if held
+            else []
         )
         loop = DecodeLoop(gen.decoder, context)
         self.tokens = [int(logits.argmax())]
@@ -152,7 +154,7 @@ def test_quantised_rows(kv_dtype: str, tolerance: float, changes: dict[str, Any]
                 [other.logits, *other.rows, *other.window], [whole.logits, *whole.rows, *whole.window], strict=True
             ):
                 assert (mine - others).norm() / others.norm() < tolerance
-            assert 0 < (other.logits - whole.logits).norm()
+            assert (other.logits - whole.logits).norm() > 0
             assert torch.equal(other.rows[0], whole.rows[0]), "the first layer's rows follow from the tokens alone"
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import random_prompts, save_tiny, tiny_config
 
-import ds_offload.kv_context
+import ds_offload.kept_parts
 import ds_offload.prefill_checkpoint
 import ds_offload.tensor_file
 from ds_offload import InputError, OffloadConfig, OffloadedGenerator
@@ -34,7 +34,7 @@ class Stopped(Exception):
 def _every_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ds_offload.prefill_checkpoint, "EVERY_S", 0.0)
     monkeypatch.setattr(ds_offload.prefill_checkpoint, "_PART_TOKENS", 31)
-    monkeypatch.setattr(ds_offload.kv_context, "RESTORED_TOKENS", 31)
+    monkeypatch.setattr(ds_offload.kept_parts, "RESTORED_TOKENS", 31)
     monkeypatch.setenv("DS_OFFLOAD_CACHE", str(tmp_path / "cache"))
 
 
@@ -66,9 +66,9 @@ def interrupt(gen: OffloadedGenerator, folder: Path, layers: int, ids: list[int]
 def test_quantised_layers_are_taken_up_with_the_same_labels_only(model: Path, tmp_path: Path) -> None:
     with make(model, kv_dtype="int4") as gen:
         interrupt(gen, tmp_path / "kept", 2)
-    with make(model, kv_dtype="int4", label_bits=8) as gen:
-        with pytest.raises(InputError, match="another caches .*label_bits=2.*here label_bits=8"):
-            gen.generate(IDS, max_new_tokens=NEW, checkpoint=tmp_path / "kept")
+    refused = pytest.raises(InputError, match=r"another caches .*label_bits=2.*here label_bits=8")
+    with make(model, kv_dtype="int4", label_bits=8) as gen, refused:
+        gen.generate(IDS, max_new_tokens=NEW, checkpoint=tmp_path / "kept")
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4])

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ds_offload.kernels.coded_attention import kept_rows
 from ds_offload.kv_context import KVContext
 from ds_offload.prefetch.scheduler import Kept
 from ds_offload.prefetch.selection import Step
@@ -103,7 +104,9 @@ class AttentionProbe:
         every = scores.masked_fill(beyond[:, None, None], -torch.inf).logsumexp(-1)
         places, padding = kept.places.clamp(min=0), (kept.places < 0)[:, :, None]
         if context.codec is not None:
-            keys = context.kept_rows(layer, kept)[..., 0, :]
+            assert context.window_buffer is not None, "quantised rows have their window apart"
+            named = context.window_buffer.tensor(layer), kept.rows, context.codec.layer(layer), kept.places
+            keys = kept_rows(*named, torch.float32)[0][..., 0, :]
             chosen = self._scaling * grouped @ keys.transpose(-1, -2)
         elif context.hot_set is None:
             chosen = scores.gather(-1, places[:, :, None].expand(-1, -1, grouped.shape[2], -1))

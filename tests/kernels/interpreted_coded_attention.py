@@ -8,7 +8,7 @@ from coded_attention_case import CodedCase, make_case
 
 from ds_offload.kernels import coded_attention
 from ds_offload.kernels.coded_attention import _launch, coded_attention_reference
-from ds_offload.kernels.slot_attention import SlotAttentionLaunch
+from ds_offload.kernels.slot_attention_launch import SlotAttentionLaunch
 
 F32, F16 = torch.float32, torch.float16
 TOLERANCE = {F32: {"rtol": 1e-5, "atol": 2e-5}, F16: {"rtol": 5e-3, "atol": 5e-3}}

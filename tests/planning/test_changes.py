@@ -96,7 +96,6 @@ def test_changes_make_it_fit(seed: int) -> None:
         (0.97, 1, 1, ["--hot-set 1.25"]),
         (0.955, 1, 1, ["--hot-set 1"]),
         (0.93, 1, 1, ["--kv-dtype int8"]),
-        (0.8, 1, 1, ["--ctx 85k"]),
         (1, 0.9, 1, ["--kv-dtype int8"]),
         (1, 0.5, 1, ["--kv-dtype int4"]),
         (1, 0.26, 4, ["--batch 1"]),
