@@ -24,7 +24,7 @@ def make_rows(code: RowCode, shape: tuple[int, ...], dtype: torch.dtype, device:
 
 
 def round_trip64(rows: Tensor, code: RowCode) -> tuple[Tensor, Tensor]:
-    """What rows become, in float64 with centre and step as float16, and half a step, a bound of the error: `[..., 2, D]`."""
+    """What rows become, in float64 with centre and step as float16, and a bound of the error: `[..., 2, D]` each."""
     top = 2**code.layout.bits - 1
     wide = rows.double()
     factor = code.factor.double()

@@ -16,8 +16,10 @@ DIMS = (16, 20, 64, 80, 96, 128, 256)
 
 @pytest.mark.parametrize(
     ("bits", "dim", "row_bytes"),
-    [(8, 64, 144), (8, 80, 176), (8, 128, 272), (8, 256, 528), (4, 64, 80), (4, 80, 96), (4, 96, 112), (4, 128, 144)]
-    + [(4, 256, 272), (4, 20, 48), (8, 2, 32)],
+    [
+        *((8, 64, 144), (8, 80, 176), (8, 128, 272), (8, 256, 528), (8, 2, 32), (4, 20, 48)),
+        *((4, 64, 80), (4, 80, 96), (4, 96, 112), (4, 128, 144), (4, 256, 272)),
+    ],
 )
 def test_row_bytes(bits: int, dim: int, row_bytes: int) -> None:
     assert RowLayout(bits, dim).row_bytes == row_bytes
@@ -89,7 +91,7 @@ def test_far_and_tiny_values(bits: int) -> None:
 
 def test_shapes_that_do_not_fit() -> None:
     code = make_code(8, 16)
-    with pytest.raises(ValueError, match="must be .*2, 16"):
+    with pytest.raises(ValueError, match=r"must be .*2, 16"):
         encode_rows(torch.zeros(3, 2, 20), code)
     with pytest.raises(ValueError, match="does not hold coded rows"):
         decode_rows(torch.zeros(3, 2, 24, dtype=torch.uint8), code, torch.zeros(4, 2, 16))
