@@ -82,7 +82,7 @@ def calibrate(
     blocks = ids.split(block)
     query_sum = torch.zeros(decoder.layers, decoder.heads, decoder.head_dim, dtype=torch.float64, device=decoder.device)
     key_sum = query_sum.new_zeros(decoder.layers, decoder.kv_heads, decoder.head_dim)
-    key_total = torch.zeros_like(key_sum)
+    key_total, key_squares, query_squares = (torch.zeros_like(key_sum) for _ in range(3))
     for number, chunk in enumerate(blocks):
         rope = decoder.rotary(torch.arange(len(chunk), device=decoder.device))
         hidden = decoder.embed(chunk)
@@ -91,6 +91,8 @@ def calibrate(
             query_sum[layer] += query.abs().sum(0, dtype=torch.float64)
             key_sum[layer] += key.abs().sum(0, dtype=torch.float64)
             key_total[layer] += key.sum(0, dtype=torch.float64)
+            key_squares[layer] += key.double().square().sum(0)
+            query_squares[layer] += query.double().square().sum(0).unflatten(0, (decoder.kv_heads, -1)).sum(1)
             hidden = decoder.finish_layer(layer, hidden, _attention(query, key, value, decoder.scaling))
             if on_progress is not None:
                 on_progress(number * decoder.layers + layer + 1, len(blocks) * decoder.layers)
@@ -100,7 +102,24 @@ def calibrate(
             f"calibration met values that are not finite in {str(decoder.dtype).removeprefix('torch.')}; "
             "the weights are damaged, or need a wider dtype such as --dtype fp32"
         )
-    return Calibration.rank(importance, key_total / len(ids), fingerprint=fingerprint, tokens=len(ids), text=text)
+    factor = _key_factor(key_squares, query_squares)
+    return Calibration.rank(
+        importance, key_total / len(ids), factor, fingerprint=fingerprint, tokens=len(ids), text=text
+    )
+
+
+def _key_factor(key_squares: Tensor, query_squares: Tensor) -> Tensor:
+    """What to divide the channels of keys by, `[L, Hkv, D]`, given sums of squares of keys and of their queries.
+
+    The root of a channel's size over its queries' size, as in SmoothQuant (arXiv 2211.10438):
+    one step for all channels of a row then takes neither large keys nor large queries for
+    more than their product. Channels that RoPE turns together share it: so it is the same
+    at every position. 1 where one of them is always zero.
+    """
+    ratio = (key_squares + key_squares.roll(key_squares.shape[-1] // 2, -1)) / (
+        query_squares + query_squares.roll(query_squares.shape[-1] // 2, -1)
+    )
+    return torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0) ** 0.25
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

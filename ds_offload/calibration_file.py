@@ -20,10 +20,11 @@ from torch import Tensor
 from ds_offload.errors import InputError, LoadError
 
 FORMAT = "ds_offload.calibration"
-VERSION = 1
+VERSION = 2
 REMEDY = "make one with: ds-offload calibrate --model M"
 
 _LARGEST_FILE = 2**28
+_STATISTICS = ("importance", "key_mean", "key_factor")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Calibration:
         importance: Importance by channel number `[L, Hkv, D]` float32.
         key_mean: Mean key after RoPE `[L, Hkv, D]` float32, subtracted before labels are
             quantised; zeros where it is not known.
+        key_factor: What the channels of keys are divided by before they are quantised for the
+            store, `[L, Hkv, D]` float32, positive; ones where it is not known.
         fingerprint: The model it was made for.
         tokens: Tokens it was made on.
         text: Name of the text they are from.
@@ -43,16 +46,27 @@ class Calibration:
     channels: Tensor
     importance: Tensor
     key_mean: Tensor
+    key_factor: Tensor
     fingerprint: str
     tokens: int
     text: str
 
     @classmethod
-    def rank(cls, importance: Tensor, key_mean: Tensor, *, fingerprint: str, tokens: int, text: str) -> Calibration:
-        """The calibration with channels ranked by `importance`, ties by channel number."""
+    def rank(
+        cls,
+        importance: Tensor,
+        key_mean: Tensor,
+        key_factor: Tensor | None = None,
+        *,
+        fingerprint: str,
+        tokens: int,
+        text: str,
+    ) -> Calibration:
+        """The calibration with channels ranked by `importance`, ties by channel number; without factors they are 1."""
         importance = importance.float().cpu()
         channels = importance.sort(dim=-1, descending=True, stable=True).indices
-        return cls(channels, importance, key_mean.float().cpu(), fingerprint, tokens, text)
+        factor = torch.ones_like(importance) if key_factor is None else key_factor.float().cpu()
+        return cls(channels, importance, key_mean.float().cpu(), factor, fingerprint, tokens, text)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file in one step: it is there whole or not at all.
@@ -86,7 +100,7 @@ class Calibration:
             "tokens": str(self.tokens),
             "text": self.text.encode(errors="replace").decode(),
         }
-        tensors = {"channels": self.channels, "importance": self.importance, "key_mean": self.key_mean}
+        tensors = {"channels": self.channels} | {name: getattr(self, name) for name in _STATISTICS}
         data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
         # safetensors writes metadata in an order of its own each time: sort the header.
         start = 8 + int.from_bytes(data[:8], "little")
@@ -124,25 +138,26 @@ class Calibration:
                 f"{name} has format version {version}, and this version of ds-offload reads up to {VERSION}; "
                 f"update ds-offload, or {REMEDY}"
             )
+        if int(version) < VERSION:
+            raise LoadError(f"{name} has format version {version}, of an older ds-offload; {REMEDY}")
         if made_for != fingerprint:
             raise LoadError(
                 f"{name}: this calibration was made for another model "
                 f"(fingerprint {made_for[:8]!a} ≠ {fingerprint[:8]!a}); {REMEDY}"
             )
-        if set(tensors) != {"channels", "importance", "key_mean"}:
+        if set(tensors) != {"channels", *_STATISTICS}:
             raise damaged
-        importance, key_mean = tensors["importance"], tensors["key_mean"]
-        sound = (
-            importance.dtype == key_mean.dtype == torch.float32
-            and importance.ndim == 3
-            and importance.shape == key_mean.shape
-            and bool(importance.isfinite().all() and key_mean.isfinite().all())
+        found = [tensors[name] for name in _STATISTICS]
+        sound = all(
+            value.dtype == torch.float32
+            and value.ndim == 3
+            and value.shape == found[0].shape
+            and bool(value.isfinite().all())
+            for value in found
         )
-        if not sound:
+        if not sound or not bool((tensors["key_factor"] > 0).all()):
             raise damaged
-        loaded = cls.rank(
-            importance, key_mean, fingerprint=fingerprint, tokens=int(tokens), text=metadata.get("text", "")
-        )
+        loaded = cls.rank(*found, fingerprint=fingerprint, tokens=int(tokens), text=metadata.get("text", ""))
         channels = tensors["channels"]
         if channels.dtype != torch.int64 or not torch.equal(loaded.channels, channels):
             raise damaged

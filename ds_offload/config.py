@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ds_offload.errors import InputError
 
 LABEL_BITS = (16, 8, 4, 2)
-KV_DTYPES = ("auto", "bf16", "fp16", "fp32")
+KV_DTYPES = ("auto", "bf16", "fp16", "fp32", "int8", "int4")
 TOP_P_CAP = Fraction(1, 4)
 # By which `monitor="widen"` raises the budget, one after the other; memory is planned for the last.
 WIDENINGS = (Fraction(3, 2), Fraction(2))
@@ -147,7 +147,9 @@ class OffloadConfig:
         recent_tokens: Last tokens before the current one that are always attended.
         dense_layers: Layers whose K/V stay on the GPU and are attended in full.
         kv_location: "host" keeps the K/V in (pinned) host memory, "gpu" on the device.
-        kv_dtype: dtype of the stored K/V; "auto" is the model's own.
+        kv_dtype: dtype of the stored K/V. "int8" and "int4" quantise them on their way to the
+            store; sinks, recent window and dense layers stay in the model's dtype. "auto" is
+            the first of the model's own, "int8" and "int4" that fits.
         prefetch: "off" (the query selects, what is missing is fetched in line), "exact"
             (the same, and rows that ranked next are fetched for the next step meanwhile)
             or "speculative" (a query predicted one layer ahead selects, as in the paper).
@@ -202,10 +204,6 @@ class OffloadConfig:
         self._one_of("label_bits", LABEL_BITS)
         self._one_of("kv_location", ("host", "gpu"))
         self._one_of("prefetch", ("exact", "speculative", "off"))
-        if self.kv_dtype in ("int8", "int4"):
-            raise InputError(
-                f"kv_dtype={self.kv_dtype!r} is not available in this version; use one of {', '.join(KV_DTYPES)}"
-            )
         self._one_of("kv_dtype", KV_DTYPES)
         self._at_least("sink_tokens", 0)
         self._at_least("recent_tokens", 0)
@@ -266,14 +264,13 @@ class OffloadConfig:
         """The largest budget that a step may have: memory is planned for it."""
         return (self.budget, *self.widenings)[-1]
 
-    def resolve(self, *, head_dim: int, layers: int, trained_context: int, kv_dtype: str) -> OffloadConfig:
-        """The same config with every None and "auto" that a model decides filled in.
+    def resolve(self, *, head_dim: int, layers: int, trained_context: int) -> OffloadConfig:
+        """The same config with every None that a model decides filled in.
 
         Args:
             head_dim: Channels of one key.
             layers: Decoder layers of the model.
             trained_context: Positions the model was trained for.
-            kv_dtype: The model's own dtype, as a name from `KV_DTYPES`.
 
         Raises:
             InputError: More label channels than the head has, or a dense layer beyond the last.
@@ -294,7 +291,6 @@ class OffloadConfig:
             self,
             max_context=trained_context if self.max_context is None else self.max_context,
             label_channels=channels,
-            kv_dtype=kv_dtype if self.kv_dtype == "auto" else self.kv_dtype,
         )
 
     def to_dict(self) -> dict[str, Any]:

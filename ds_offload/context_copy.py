@@ -23,15 +23,15 @@ def rewind(context: KVContext, tokens: int) -> None:
 
 def fill_window(context: KVContext, tokens: int) -> None:
     """Bring sinks and recent window of a sequence of `tokens` tokens on the device, from the store."""
-    hot_set, store, window = context.hot_set, context.store, context.window
-    if hot_set is None:
+    store, window = context.store, context.window
+    if context.window_buffer is None:
         return
     for first, last in ((0, min(window.sinks, tokens)), (max(0, tokens - window.ring), tokens)):
         for layer in range(context.layers):
             if layer in store and first < last:
                 rows = torch.empty(store.prompt_shape(last - first), dtype=store.dtype, device=store.device)
                 store.read(layer, 0, first, rows)
-                hot_set.fill_window(layer, 0, rows, first)
+                context.window_buffer.fill(layer, 0, rows, first)
 
 
 def copy_context(target: KVContext, source: KVContext, tokens: int) -> None:

@@ -13,6 +13,7 @@ from ds_offload.calibration import Calibration, find_or_make_calibration
 from ds_offload.config import HOT_SETS, OffloadConfig
 from ds_offload.decode import DecodeLoop
 from ds_offload.decoder import DecoderStack
+from ds_offload.dtypes import QUANTISED_BITS, dtype_name
 from ds_offload.errors import InputError
 from ds_offload.generation import GenerationOutput, Sequence
 from ds_offload.kv_context import KVContext
@@ -56,7 +57,10 @@ class OffloadedGenerator:
         self._calibration: Calibration | None = None
         # Said once the first prompt has passed its checks: a refused one ends in one line.
         self._announcements: list[str] = []
-        self._chooses_hot_set = config.hot_set is None
+        # Chosen anew for each call.
+        self._open: dict[str, Any] = {"hot_set": None} if config.hot_set is None else {}
+        if config.kv_dtype == "auto":
+            self._open["kv_dtype"] = "auto"
         if config.calibration is not None:
             self._calibration = find_or_make_calibration(loaded, self.decoder, config.calibration)
 
@@ -227,16 +231,29 @@ class OffloadedGenerator:
         return sequences
 
     def _checkpoint(self, folder: str | Path | None, sequences: list[Sequence]) -> PrefillCheckpoint | None:
+        lengths, capacities = _tokens(sequences)
+        calibration = None
+        if folder is not None and len(sequences) == 1:
+            self._settle(lengths, capacities, False)
+            if self.config.kv_dtype in QUANTISED_BITS:
+                check_request(self.loaded, self.config, lengths, capacities)
+                calibration = self.calibrated(sequences[0].prompt)
         prompts = [sequence.prompt for sequence in sequences]
-        return PrefillCheckpoint.of(folder, prompts, self.loaded.model, self.config)
+        return PrefillCheckpoint.of(folder, prompts, self.loaded.model, self.config, calibration)
 
     def _settle(self, lengths: list[int], capacities: list[int], continued: bool) -> None:
-        """Choose the hot set of this call, where the user left it open."""
-        if not self._chooses_hot_set:
+        """Choose the K/V dtype and the hot set of this call, where the user left them open."""
+        if not self._open:
             return
-        asked = dataclasses.replace(self.config, hot_set=None)
+        asked = dataclasses.replace(self.config, **self._open)
         source, device = self.loaded.source, self.loaded.device
+        before = self.config.kv_dtype
         self.config = settle_config(source, asked, device, lengths, capacities, weight_bytes(source), continued)
+        stored, own = self.config.kv_dtype, dtype_name(source.dtype)
+        if asked.kv_dtype == "auto" and stored not in (before, own):
+            self._announcements.append(f"K/V are stored as {stored}: as {own} they do not fit the memory that is there")
+        if "hot_set" not in self._open:
+            return
         if self.config.kv_location == "host" and self.config.hot_set_multiple < HOT_SETS[0]:
             chosen, best = f"{self.config.hot_set_multiple:g}", f"{HOT_SETS[0]:g}"
             self._announcements.append(f"hot set: {chosen} x the budget, the most that fits; {best} x is faster")
@@ -268,8 +285,8 @@ class OffloadedGenerator:
         kept: PrefillCheckpoint | None,
     ) -> Iterator[list[str]]:
         """Prefill every sequence, then decode them together; yields each step's new text per sequence."""
-        capacities = [len(sequence.prompt) + sequence.limit for sequence in sequences]
-        plan = self.plan_call([len(sequence.prompt) for sequence in sequences], capacities)
+        lengths, capacities = _tokens(sequences)
+        plan = self.plan_call(lengths, capacities)
         streamed = plan.prefill_mode == "streamed"
         calibration = self.calibrated(sequences[0].prompt)
         statistics.begin(plan)
@@ -303,3 +320,9 @@ class OffloadedGenerator:
                     on_progress("decode", max(len(sequence.tokens) for sequence in sequences), longest)
                 yield pieces
             statistics.finish(context, loop.capture_s, monitor)
+
+
+def _tokens(sequences: list[Sequence]) -> tuple[list[int], list[int]]:
+    """Tokens of each prompt, and most tokens of each sequence."""
+    lengths = [len(sequence.prompt) for sequence in sequences]
+    return lengths, [length + sequence.limit for length, sequence in zip(lengths, sequences, strict=True)]

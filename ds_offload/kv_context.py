@@ -12,7 +12,8 @@ from torch import Tensor
 from ds_offload.calibration import Calibration
 from ds_offload.config import OffloadConfig
 from ds_offload.decoder import DecoderStack, Rope
-from ds_offload.dtypes import torch_dtype
+from ds_offload.dtypes import RowFormat
+from ds_offload.kernels.coded_attention import coded_attention
 from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.kernels.new_token import HeadNorms, new_token
 from ds_offload.kernels.slot_attention import slot_attention
@@ -22,7 +23,9 @@ from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.label_cache import LabelCache
 from ds_offload.memory.pinned_pool import PinnedPool
 from ds_offload.memory.plan import hot_set_capacity
+from ds_offload.memory.row_codec import RowCodec
 from ds_offload.memory.window import AttentionWindow
+from ds_offload.memory.window_buffer import WindowBuffer
 from ds_offload.prefetch.scheduler import PrefetchScheduler
 from ds_offload.prefetch.selection import Selector, Step
 from ds_offload.prefetch.streams import Faults, Streams
@@ -84,12 +87,13 @@ class KVContext:
         self._pool = PinnedPool(decoder.device, _PAGEABLE_COST)
         sequences, longest = len(capacities), max(capacities)
         offloaded = [n for n in range(decoder.layers) if n not in self._dense_layers]
-        dtype = torch_dtype(config.kv_dtype)
-        heads: dict[str, Any] = {"kv_heads": decoder.kv_heads, "head_dim": decoder.head_dim, "device": decoder.device}
+        rows = RowFormat.of(config.kv_dtype, decoder.dtype, decoder.head_dim)
+        heads: dict[str, Any] = {"kv_heads": decoder.kv_heads, "device": decoder.device}
         self.store = KVStore(
             layers=offloaded,
             sequences=sequences,
-            dtype=dtype,
+            head_dim=rows.store_dim,
+            dtype=rows.store_dtype,
             pool=self._pool if config.kv_location == "host" else None,
             segment_tokens=int(config.segment_tokens),
             max_tokens=longest,
@@ -99,7 +103,8 @@ class KVContext:
             KVStore(
                 layers=sorted(self._dense_layers),
                 sequences=1,
-                dtype=dtype,
+                head_dim=rows.head_dim,
+                dtype=rows.dtype,
                 pool=None,
                 segment_tokens=capacity,
                 max_tokens=capacity,
@@ -115,6 +120,13 @@ class KVContext:
             capacities,
             decoder.device,
         )
+        self.codec: RowCodec | None = None
+        self.window_buffer: WindowBuffer | None = None
+        if rows.layout is not None:
+            self.codec = RowCodec(rows.layout, offloaded, calibration.key_factor, decoder.device)
+            shape = (sequences, decoder.kv_heads, self.window.forced_slots, 2, decoder.head_dim)
+            apart = {n: torch.empty(shape, dtype=rows.dtype, device=decoder.device) for n in offloaded}
+            self.window_buffer = WindowBuffer(self.window, apart)
         self.hot_set: HotSet | None = None
         if config.kv_location == "host":
             self.hot_set = HotSet(
@@ -125,8 +137,11 @@ class KVContext:
                 capacity=hot_set_capacity(config.hot_set_multiple, self.most_kept, longest, self.window),
                 context=longest,
                 reuse=config.hot_set_multiple > 0,
+                apart=self.window_buffer,
+                head_dim=rows.store_dim,
                 **heads,
             )
+            self.window_buffer = self.hot_set.window
         selector = Selector(
             self.labels, self.window, decoder.scaling, config.budget.top_p, everything=config.budget.fraction == 1
         )
@@ -136,16 +151,17 @@ class KVContext:
             store=self.store,
             hot_set=self.hot_set,
             window=self.window,
+            window_buffer=self.window_buffer,
             streams=self.streams,
             layers=decoder.layers,
             sequences=sequences,
             kv_heads=decoder.kv_heads,
             device=decoder.device,
         )
-        # The new token's K/V of every layer, in the store's order and dtype: the writer takes those of the
+        # The new token's K/V of every layer, in the store's order: the writer takes those of the
         # offloaded ones, the first, when the last layer has made its own.
-        rows = (decoder.layers, sequences, decoder.kv_heads, 2, decoder.head_dim)
-        self._new_rows = torch.zeros(rows, dtype=dtype, device=decoder.device)
+        new = (decoder.layers, sequences, decoder.kv_heads, 2, decoder.head_dim)
+        self._new_rows = torch.zeros(new, dtype=rows.dtype, device=decoder.device)
         self._offloaded = offloaded
         self._row_of = {layer: n for n, layer in enumerate([*offloaded, *sorted(self._dense_layers)])}
 
@@ -205,19 +221,32 @@ class KVContext:
         if layer in self._dense_layers:
             self._dense[sequence].write_prompt(layer, 0, start, rows)
             return
-        if self.hot_set is not None:
-            self.hot_set.fill_window(layer, sequence, rows, start)
+        if self.window_buffer is not None:
+            self.window_buffer.fill(layer, sequence, rows, start)
         streams = self.streams
         with streams.on("writer"):
             streams.wait("kv", layer)
             with streams.producing("prompt_rows", staging):
-                self.store.write_prompt(layer, sequence, start, rows)
+                stored = rows if self.codec is None else self.codec.encode_prompt(layer, rows)
+                self.store.write_prompt(layer, sequence, start, stored)
                 self._write_labels(layer, sequence, start, rows)
 
     def read_rows(self, layer: int, sequence: int, start: int, out: Tensor) -> None:
-        """Copy stored rows of tokens `start` to `start + n` to `out` `[Hkv, n, 2, D]`, on the current stream."""
+        """Copy stored rows of tokens `start` to `start + n` to `out`, on the current stream.
+
+        `out` is `[Hkv, n, 2, D]`, for quantised rows `[Hkv, n, 2, P]` uint8.
+        """
         store, number = self._store_of(layer, sequence)
         store.read(layer, number, start, out)
+
+    def dense_rows(self, layer: int, sequence: int, stop: int) -> Tensor:
+        """A dense layer's rows `[Hkv, stop, 2, D]` where they lie."""
+        return self._dense[sequence].rows(layer, 0, stop)
+
+    def stored_as(self, layer: int, tokens: int) -> tuple[torch.dtype, tuple[int, ...]]:
+        """dtype and shape of a layer's stored rows of `tokens` tokens: `[Hkv, T, 2, D]`, quantised `[Hkv, T, 2, P]`."""
+        store, _ = self._store_of(layer, 0)
+        return store.dtype, store.prompt_shape(tokens)
 
     def row_parts(self, layer: int, sequence: int, stop: int) -> Iterator[Tensor]:
         """Stored rows of tokens 0 to `stop` where they lie: contiguous `[n, 2, D]`, by KV head, then by token."""
@@ -225,11 +254,11 @@ class KVContext:
         return store.parts(layer, number, 0, stop)
 
     def restore_prompt(self, layer: int, sequence: int, rows: Tensor, start: int) -> None:
-        """Make labels and window of tokens whose rows `[Hkv, n, 2, D]` are in the store already."""
+        """Make labels and window of tokens whose rows `[Hkv, n, 2, D]`, not quantised, are in the store already."""
         if layer in self._dense_layers:
             return
-        if self.hot_set is not None:
-            self.hot_set.fill_window(layer, sequence, rows, start)
+        if self.window_buffer is not None:
+            self.window_buffer.fill(layer, sequence, rows, start)
         self._write_labels(layer, sequence, start, rows)
 
     def keep(self, lengths: list[int]) -> list[int]:
@@ -277,28 +306,29 @@ class KVContext:
                 step.positions,
                 rows,
                 norms=norms,
-                window=self.hot_set.window_rows(layer) if self.hot_set is not None and not dense else None,
+                window=self.window_buffer.rows(layer) if self.window_buffer is not None and not dense else None,
                 labels=self.labels.layer(layer) if not dense else None,
             )
         if dense:
             for sequence, store in enumerate(self._dense):
                 one = slice(sequence, sequence + 1)
                 store.append(step.positions[one], rows[None, one], layer)
-        elif self.hot_set is None:
+        elif self.window_buffer is None:
             # Attention reads the store in this step.
             self.store.append(step.positions, rows[None], layer)
         return query
 
     def write_rows(self, step: Step) -> None:
-        """Give the current token's rows of all layers to the host's store, behind the last layer."""
-        if self.hot_set is None or not self._offloaded:
+        """Give the current token's rows of all layers to the store, behind the last layer, where none has them yet."""
+        if self.window_buffer is None or not self._offloaded:
             return
         streams = self.streams
         positions = streams.lend(step.positions, "writer")
         with streams.on("writer"):
             streams.wait("rows", self._offloaded[-1])
             with streams.producing("host_write", 0):
-                self.store.append(positions, self._new_rows[: len(self._offloaded)])
+                rows = self._new_rows[: len(self._offloaded)]
+                self.store.append(positions, rows if self.codec is None else self.codec.encode_new(rows))
 
     def attend(self, layer: int, query: Tensor, step: Step) -> Tensor:
         """Attention `[B, H, D]` of the current token's query `[B, H, D]` over what its layer keeps."""
@@ -306,7 +336,12 @@ class KVContext:
             each = [self._attend_dense(layer, n, query[n : n + 1], step) for n in range(len(query))]
             return torch.cat(each)
         kept = self.scheduler.keep(layer, query)
-        output = slot_attention(query, kept.rows, kept.places, self._scaling)
+        if self.codec is None:
+            output = slot_attention(query, kept.rows, kept.places, self._scaling)
+        else:
+            assert self.window_buffer is not None, "quantised rows have their window apart"
+            window, code = self.window_buffer.tensor(layer), self.codec.layer(layer)
+            output = coded_attention(query, window, kept.rows, code, kept.places, self._scaling)
         self.attended[layer] = Attended(query, kept.selected_by, output)
         return output
 
@@ -319,7 +354,7 @@ class KVContext:
         return (self._dense[sequence], 0) if layer in self._dense_layers else (self.store, sequence)
 
     def _write_labels(self, layer: int, sequence: int, start: int, rows: Tensor) -> None:
-        self.labels.write_prompt(layer, sequence, start, rows[:, :, 0], self.store.dtype)
+        self.labels.write_prompt(layer, sequence, start, rows[:, :, 0], self._new_rows.dtype)
 
     def _keep(self, length: int) -> int:
         return self.window.selected(self._budget.tokens(length), length)

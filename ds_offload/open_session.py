@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ds_offload.config import OffloadConfig
 from ds_offload.document_prompt import DocumentPrompt
+from ds_offload.dtypes import QUANTISED_BITS
 from ds_offload.errors import InputError
 from ds_offload.kv_context import KVContext
+from ds_offload.memory.plan import MemoryPlan
 from ds_offload.prefill import ProgressCallback, prefill
 from ds_offload.prefill_checkpoint import PrefillCheckpoint
 from ds_offload.preparation import check_room, room_of
@@ -21,6 +24,27 @@ from ds_offload.session_header import SessionHeader, SessionIdentity, calibratio
 
 if TYPE_CHECKING:
     from ds_offload.generator import OffloadedGenerator
+
+
+def check_session_config(config: OffloadConfig) -> None:
+    """Refuse a session of quantised K/V, whose sinks and recent window the store does not have as they are attended to.
+
+    Raises:
+        InputError: `config` stores K/V at 8 or 4 bits.
+    """
+    if config.kv_dtype in QUANTISED_BITS:
+        raise InputError(
+            f"kv_dtype={config.kv_dtype!r} is not for sessions, which keep K/V in 16 or 32 bits; "
+            "leave it out, and where that does not fit shorten the context or free host memory"
+        )
+
+
+def _plan(generator: OffloadedGenerator, tokens: int, room: int) -> MemoryPlan:
+    check_session_config(generator.config)
+    plan = generator.plan_call([tokens], [room], continued=True)
+    # "auto" may have chosen it.
+    check_session_config(generator.config)
+    return plan
 
 
 @torch.no_grad()
@@ -39,9 +63,9 @@ def read_document(
     else:
         raise InputError("the document must be one text or one list of token ids; give messages to `generate`")
     check_room(ids, generator.config, "document")
-    kept = PrefillCheckpoint.of(checkpoint, [ids], loaded.model, generator.config)
     room = room_of(generator.config)
-    plan = generator.plan_call([len(ids)], [room], continued=True)
+    plan = _plan(generator, len(ids), room)
+    kept = PrefillCheckpoint.of(checkpoint, [ids], loaded.model, generator.config)
     calibration = generator.calibrated(ids)
     context = KVContext(generator.decoder, generator.config, calibration, [room], generator.faults)
     with contextlib.ExitStack() as undo:
@@ -55,6 +79,7 @@ def read_document(
 @torch.no_grad()
 def load_session(generator: OffloadedGenerator, path: str | Path) -> Session:
     """A session that was saved; see `OffloadedGenerator.load_session`."""
+    check_session_config(generator.config)
     folder = Path(path).expanduser().absolute()
     header = SessionHeader.read(folder)
     header.check(folder, SessionIdentity.of(generator.loaded, generator.config))
@@ -67,7 +92,7 @@ def load_session(generator: OffloadedGenerator, path: str | Path) -> Session:
             f"the session {folder} was made with another calibration than {given}; "
             "leave the calibration out to use the session's own, or read the document again"
         )
-    plan = generator.plan_call([1], [room], continued=True)
+    plan = _plan(generator, 1, room)
     context = KVContext(generator.decoder, generator.config, calibration, [room], generator.faults)
     with contextlib.ExitStack() as undo:
         undo.callback(context.close)

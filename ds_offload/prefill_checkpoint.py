@@ -16,22 +16,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ds_offload.calibration_file import Calibration
 from ds_offload.config import OffloadConfig
-from ds_offload.dtypes import dtype_name
+from ds_offload.dtypes import QUANTISED_BITS, dtype_name
 from ds_offload.errors import InputError, LoadError
 from ds_offload.fingerprint import fingerprint
+from ds_offload.kept_parts import kept_parts, restore_parts
 from ds_offload.kv_context import KVContext
 from ds_offload.notices import notice
 from ds_offload.sealed_json import seal, unseal
 from ds_offload.tensor_file import FileRecord, check_size, read_tensor, write_file, write_tensor
 
 FORMAT = "ds_offload.prefill"
-VERSION = 1
+VERSION = 2
 HEADER = "prefill.json"
 # From the end of one write to the next, at the end of a layer.
 EVERY_S = 10.0
-# Tokens whose labels are made again at a time.
-_RESTORED_TOKENS = 4096
+# Tokens whose hidden states are written or read at a time.
+_PART_TOKENS = 4096
+_PATTERNS = tuple(f"{part}-*.safetensors" for part in ("layer", "labels", "window", "hidden"))
 _REMEDY = "give --checkpoint another folder, or empty this one"
 
 
@@ -48,6 +51,8 @@ class PrefillIdentity:
         model: The model's fingerprint.
         dtype, kv_dtype: Of the model, and of stored K/V.
         rope: The model's RoPE.
+        caches: What labels and codes of quantised K/V, which cannot be made again, were made
+            with; empty where K/V are not quantised.
         tokens, layers: Of the prompt and of the model.
     """
 
@@ -56,25 +61,36 @@ class PrefillIdentity:
     dtype: str
     kv_dtype: str
     rope: str
+    caches: str
     tokens: int
     layers: int
 
     @classmethod
-    def of(cls, ids: list[int], model: PreTrainedModel, config: OffloadConfig) -> PrefillIdentity:
-        """The identity of a prompt's prefill by `model`; `config` is resolved."""
+    def of(
+        cls, ids: list[int], model: PreTrainedModel, config: OffloadConfig, calibration: Calibration | None = None
+    ) -> PrefillIdentity:
+        """The identity of a prompt's prefill by `model`; `config` is resolved, its K/V dtype chosen.
+
+        Args:
+            calibration: The model's, where K/V are quantised.
+        """
         digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
         rope = json.dumps(model.config.rope_parameters, sort_keys=True, default=str)
         kv_dtype = str(config.kv_dtype)
         layers = model.config.num_hidden_layers
-        return cls(digest, fingerprint(model), dtype_name(model.dtype), kv_dtype, rope, len(ids), layers)
+        caches = ""
+        if config.kv_dtype in QUANTISED_BITS:
+            assert calibration is not None, "quantised K/V need one"
+            caches = _caches(config, calibration)
+        return cls(digest, fingerprint(model), dtype_name(model.dtype), kv_dtype, rope, caches, len(ids), layers)
 
 
 class PrefillCheckpoint:
     """The finished layers' K/V, a file each, the hidden states behind the last of them, and a header.
 
     The header is written last, by renaming: what it names is there, whenever the process
-    ends. Hidden states of the header before are removed behind that. Labels are not kept;
-    they are made again from the K/V.
+    ends. Hidden states of the header before are removed behind that. Labels are made again
+    from the K/V, but with quantised K/V, where labels and window are files of their own.
 
     Args:
         folder: Made if it is not there.
@@ -91,7 +107,7 @@ class PrefillCheckpoint:
         self._written = time.monotonic()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for pattern in (f".{HEADER}.tmp", ".layer-*.tmp", ".hidden-*.tmp"):
+            for pattern in (f".{HEADER}.tmp", *(f".{pattern}.tmp" for pattern in _PATTERNS)):
                 for leftover in self._folder.glob(pattern):
                     leftover.unlink()
             if not os.access(self._folder, os.W_OK | os.X_OK):
@@ -105,9 +121,14 @@ class PrefillCheckpoint:
 
     @classmethod
     def of(
-        cls, folder: str | Path | None, prompts: list[list[int]], model: PreTrainedModel, config: OffloadConfig
+        cls,
+        folder: str | Path | None,
+        prompts: list[list[int]],
+        model: PreTrainedModel,
+        config: OffloadConfig,
+        calibration: Calibration | None = None,
     ) -> PrefillCheckpoint | None:
-        """The checkpoint of the one prompt of a call, None without a folder; `config` is resolved.
+        """The checkpoint of the one prompt of a call, None without a folder; see `PrefillIdentity.of`.
 
         Raises:
             InputError: Several prompts, and as the class.
@@ -116,7 +137,7 @@ class PrefillCheckpoint:
             return None
         if len(prompts) > 1:
             raise InputError(f"a checkpoint is of one prompt, and {len(prompts)} were given; leave checkpoint out")
-        return cls(folder, PrefillIdentity.of(prompts[0], model, config))
+        return cls(folder, PrefillIdentity.of(prompts[0], model, config, calibration))
 
     def resume(self, context: KVContext, sequence: int, hidden: Tensor) -> int:
         """Put what was kept into `context` and `hidden` `[T, hidden]`, where they lie, and say so.
@@ -134,7 +155,7 @@ class PrefillCheckpoint:
         context.reserve(sequence, tokens)
         try:
             name = _hidden_name(self._done)
-            parts = hidden.split(_RESTORED_TOKENS)
+            parts = hidden.split(_PART_TOKENS)
             read_tensor(self._folder / name, self._files[name], hidden.dtype, tuple(hidden.shape), parts)
             for layer in range(self._done):
                 self._restore(context, sequence, layer)
@@ -160,12 +181,11 @@ class PrefillCheckpoint:
                 # The writer's copies of the last layers are behind what the compute stream has done.
                 torch.cuda.synchronize(context.store.device)
             for layer in range(self._done, done):
-                writing = self._folder / _layer_name(layer)
-                parts = context.row_parts(layer, sequence, self._identity.tokens)
-                shape = context.store.prompt_shape(self._identity.tokens)
-                files[writing.name] = write_tensor(writing, context.store.dtype, shape, parts)
+                for name, dtype, shape, parts in kept_parts(context, layer, sequence, self._identity.tokens):
+                    writing = self._folder / _part_name(name, layer)
+                    files[writing.name] = write_tensor(writing, dtype, shape, parts)
             writing = self._folder / _hidden_name(done)
-            parts = iter(hidden.split(_RESTORED_TOKENS))
+            parts = iter(hidden.split(_PART_TOKENS))
             files[writing.name] = write_tensor(writing, hidden.dtype, tuple(hidden.shape), parts)
             writing = self._folder / HEADER
             write_file(writing, [self._header(files, done)])
@@ -187,15 +207,11 @@ class PrefillCheckpoint:
         self._remove_all_but({})
 
     def _restore(self, context: KVContext, sequence: int, layer: int) -> None:
-        tokens, name = self._identity.tokens, _layer_name(layer)
-        shape = context.store.prompt_shape(tokens)
-        parts = context.row_parts(layer, sequence, tokens)
-        read_tensor(self._folder / name, self._files[name], context.store.dtype, shape, parts)
-        for start in range(0, tokens, _RESTORED_TOKENS):
-            size = (shape[0], min(_RESTORED_TOKENS, tokens - start), *shape[2:])
-            rows = torch.empty(size, dtype=context.store.dtype, device=context.store.device)
-            context.read_rows(layer, sequence, start, rows)
-            context.restore_prompt(layer, sequence, rows, start)
+        tokens = self._identity.tokens
+        for part, dtype, shape, parts in kept_parts(context, layer, sequence, tokens):
+            name = _part_name(part, layer)
+            read_tensor(self._folder / name, self._files[name], dtype, shape, parts)
+        restore_parts(context, layer, sequence, tokens)
 
     def _header(self, files: dict[str, FileRecord], done: int) -> bytes:
         content: dict[str, Any] = {
@@ -233,7 +249,7 @@ class PrefillCheckpoint:
         """What of another prefill differs: "prompt (900 tokens, and this one has 901), kv_dtype (bf16, here fp32)"."""
         there, here = asdict(found), asdict(self._identity)
         named = []
-        for field in ("prompt", "model", "dtype", "kv_dtype", "rope"):
+        for field in ("prompt", "model", "dtype", "kv_dtype", "rope", "caches"):
             if there[field] != here[field]:
                 pair = (there[field], here[field])
                 if field == "prompt":
@@ -245,15 +261,25 @@ class PrefillCheckpoint:
 
     def _remove_all_but(self, kept: dict[str, FileRecord]) -> None:
         """Remove layers and hidden states that the header does not name."""
-        for pattern in ("layer-*.safetensors", "hidden-*.safetensors"):
+        for pattern in _PATTERNS:
             for file in self._folder.glob(pattern):
                 if file.name not in kept:
                     with contextlib.suppress(OSError):
                         file.unlink()
 
 
-def _layer_name(layer: int) -> str:
-    return f"layer-{layer:04d}.safetensors"
+def _caches(config: OffloadConfig, calibration: Calibration) -> str:
+    """The settings of labels and window, and a digest of the calibration."""
+    names = ("label_bits", "label_channels", "sink_tokens", "recent_tokens")
+    settings = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+    digest = hashlib.sha256()
+    for tensor in (calibration.channels, calibration.key_mean, calibration.key_factor):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return f"{settings}, calibration {digest.hexdigest()[:8]}"
+
+
+def _part_name(part: str, layer: int) -> str:
+    return f"{part}-{layer:04d}.safetensors"
 
 
 def _hidden_name(done: int) -> str:

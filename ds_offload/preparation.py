@@ -10,7 +10,6 @@ import torch
 
 from ds_offload.config import OffloadConfig
 from ds_offload.devices import resolve_device
-from ds_offload.dtypes import dtype_name
 from ds_offload.errors import InputError, LoadError
 from ds_offload.families import check_supported, describe_rope
 from ds_offload.loading import LoadedModel, ModelSource, find_model, load_tokenizer, load_weights
@@ -58,7 +57,6 @@ class PreparedModel:
             head_dim=source.shape.head_dim,
             layers=source.shape.layers,
             trained_context=source.shape.trained_context,
-            kv_dtype=dtype_name(source.dtype),
         )
         assert isinstance(resolved.max_context, int)
         check_supported(source.config, resolved.max_context)

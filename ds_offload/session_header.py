@@ -51,7 +51,7 @@ class SessionIdentity:
             model=loaded.fingerprint,
             tokenizer=tokenizer_fingerprint(loaded.tokenizer),
             dtype=dtype_name(loaded.model.dtype),
-            kv_dtype=str(config.kv_dtype),
+            kv_dtype=dtype_name(loaded.model.dtype) if config.kv_dtype == "auto" else config.kv_dtype,
             rope=json.dumps(loaded.model.config.rope_parameters, sort_keys=True, default=str),
             label_channels=config.label_channels,
             label_bits=config.label_bits,

@@ -2,7 +2,7 @@
 
 The first kernel, one of two, leaves for every head and split the largest score `peak`
 and the sum `total` of the weights in `stats` float32 [B * H, splits, 2], and the
-weighted sum of V in `partial` float32 [B * H, splits, D]. Scores are in powers of two:
+weighted sum of V in `partial` float32 [B * H, splits, D], from `first_split` on. Scores are in powers of two:
 `scale` is the scaling times log2(e).
 """
 
@@ -68,7 +68,7 @@ def finite_peak(peak):
     return tl.where(peak == float("-inf"), 0.0, peak)
 
 
-@jit(do_not_specialize=["count", "capacity", "stride_b", "stride_h", "stride_row", "layer", "segments"])
+@jit(do_not_specialize=["count", "slots_stride", "capacity", "stride_b", "stride_h", "stride_row", "layer", "segments"])
 def vector_kernel(
     query,
     rows,
@@ -78,12 +78,15 @@ def vector_kernel(
     scale,
     kv_heads,
     count,
+    slots_stride,
     capacity,
     stride_b,
     stride_h,
     stride_row,
     layer,
     segments,
+    splits,
+    first_split,
     SEGMENT_TOKENS: tl.constexpr,
     ELEMENT: tl.constexpr,
     G: tl.constexpr,
@@ -104,7 +107,7 @@ def vector_kernel(
     q = tl.load(query + head * D + channel, mask=channel < D, other=0.0).to(tl.float32) * scale
     b = pair // kv_heads
     h = pair % kv_heads
-    slots += pair * count
+    slots += pair * slots_stride
     peak = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([TILE, D_PAD], tl.float32)
@@ -139,13 +142,13 @@ def vector_kernel(
         peak = new_peak
     top = tl.max(peak, 0)
     fade = tl.exp2(peak - finite_peak(top))
-    part = head * tl.num_programs(0) + tl.program_id(0)
+    part = head * splits + first_split + tl.program_id(0)
     tl.store(stats + 2 * part, top)
     tl.store(stats + 2 * part + 1, tl.sum(total * fade, 0))
     tl.store(partial + part * D + channel, tl.sum(acc * fade[:, None], 0), mask=channel < D)
 
 
-@jit(do_not_specialize=["count", "capacity", "stride_b", "stride_h", "stride_row", "layer", "segments"])
+@jit(do_not_specialize=["count", "slots_stride", "capacity", "stride_b", "stride_h", "stride_row", "layer", "segments"])
 def tensor_core_kernel(
     query,
     rows,
@@ -155,12 +158,15 @@ def tensor_core_kernel(
     scale,
     kv_heads,
     count,
+    slots_stride,
     capacity,
     stride_b,
     stride_h,
     stride_row,
     layer,
     segments,
+    splits,
+    first_split,
     SEGMENT_TOKENS: tl.constexpr,
     ELEMENT: tl.constexpr,
     G: tl.constexpr,
@@ -181,7 +187,7 @@ def tensor_core_kernel(
     q = tl.load(query + head[:, None] * D + channel[None, :], mask=written, other=0.0)
     b = pair // kv_heads
     h = pair % kv_heads
-    slots += pair * count
+    slots += pair * slots_stride
     peak = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     acc = tl.zeros([HEADS, D_PAD], tl.float32)
@@ -215,7 +221,7 @@ def tensor_core_kernel(
         total = total * fade + tl.sum(weight, 1)
         acc = tl.dot(weight.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
         peak = new_peak
-    part = head * tl.num_programs(0) + tl.program_id(0)
+    part = head * splits + first_split + tl.program_id(0)
     tl.store(stats + 2 * part, peak, mask=member < G)
     tl.store(stats + 2 * part + 1, total, mask=member < G)
     tl.store(partial + part[:, None] * D + channel[None, :], acc, mask=written)

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from ds_offload.kernels.admit import admit_tokens
 from ds_offload.kernels.admit_state import AdmitState
-from ds_offload.kernels.new_token import WindowRows
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.window import AttentionWindow
+from ds_offload.memory.window_buffer import WindowBuffer
 
 
 class HotSet:
-    """Device rows of every offloaded layer, `[B, Hkv, sinks + ring + C, 2, D]` each.
+    """Device rows of every offloaded layer, `[B, Hkv, sinks + ring + C, 2, D]` each, of the store's dtype.
 
-    The first slots are the sinks, then the ring of recent tokens (token t at ring slot
-    t mod ring), then C slots for selected tokens, the least recently selected one
-    leaving first. Everything about slots is decided on the device with fixed shapes
-    (`kernels/admit.py`): no host synchronisation.
+    The first slots are the window's (`WindowBuffer`), unless its rows stand apart; then come
+    C slots for selected tokens, the least recently selected one leaving first. Everything
+    about slots is decided on the device with fixed shapes (`kernels/admit.py`): no host
+    synchronisation.
 
     Hand-overs: a layer's `admit` calls must be ordered among themselves and behind the
     store writes of the tokens they may select; `rows` of a layer may be read behind
@@ -34,9 +34,12 @@ class HotSet:
         capacity: C, at least the largest K that is ever admitted.
         context: Most tokens of any sequence.
         reuse: Whether rows stay from step to step; without it every step fetches all it selects.
+        apart: The window's rows where they stand elsewhere; this one has none of them then.
 
     Attributes:
         capacity, reuse: As given.
+        window: The window's rows, here or apart.
+        first_place: Of the C slots in the rows.
     """
 
     def __init__(
@@ -52,14 +55,16 @@ class HotSet:
         context: int,
         device: torch.device,
         reuse: bool = True,
+        apart: WindowBuffer | None = None,
     ) -> None:
         self.capacity = capacity
         self.reuse = reuse
         self._store = store
-        self._window = window
+        self.first_place = 0 if apart is not None else window.forced_slots
         heads = (sequences, kv_heads)
-        shape = (*heads, window.forced_slots + capacity, 2, head_dim)
+        shape = (*heads, self.first_place + capacity, 2, head_dim)
         self._rows = {n: torch.empty(shape, dtype=store.dtype, device=device) for n in layers}
+        self.window = apart or WindowBuffer(window, self._rows)
         self._state = {n: AdmitState.empty(*heads, capacity, context, device) for n in layers}
         # Device counters, one a layer: a captured step advances them, and two streams never share one.
         self._clock = torch.zeros(max(layers, default=0) + 1, dtype=torch.int32, device=device)
@@ -92,22 +97,6 @@ class HotSet:
     def _stamps(self) -> tuple[Tensor, Tensor, Tensor]:
         return self._clock, self._began, self._recent
 
-    def fill_window(self, layer: int, sequence: int, rows: Tensor, start: int = 0) -> None:
-        """Take sinks and recent window from rows `[Hkv, n, 2, D]` of tokens `start` to `start + n`.
-
-        These are the newest tokens of the sequence; the window of those before is there already.
-        """
-        length = start + rows.shape[1]
-        sinks, ring = self._window.sinks, self._window.ring
-        target = self._rows[layer][sequence]
-        kept = min(sinks, length)
-        if start < kept:
-            target[:, start:kept] = rows[:, : kept - start]
-        first = max(sinks, length - ring, start)
-        if first < length:
-            slots = sinks + torch.arange(first, length, device=rows.device) % ring
-            target[:, slots] = rows[:, first - start :].to(target.dtype)
-
     def admit(
         self,
         layer: int,
@@ -134,7 +123,7 @@ class HotSet:
             tokens,
             self._clock[layer].add_(1),
             self._recent[layer],
-            first_place=self._window.forced_slots,
+            first_place=self.first_place,
             places=places,
             counts=counts,
             attended=attended,
@@ -144,14 +133,5 @@ class HotSet:
         return result.places
 
     def rows(self, layer: int) -> Tensor:
-        """The layer's rows `[B, Hkv, sinks + ring + C, 2, D]`; only places that were filled hold numbers."""
+        """The layer's rows `[B, Hkv, C, 2, D]`, the window's in front; only places that were filled hold numbers."""
         return self._rows[layer]
-
-    def window_rows(self, layer: int) -> WindowRows:
-        """The same, as the kernel that takes in a new token wants them."""
-        return WindowRows(self._rows[layer], self._window.sinks, self._window.ring)
-
-    def window_places(self, tokens: Tensor) -> Tensor:
-        """Places of window tokens `[B, n]` in a layer's rows; -1 stays -1."""
-        sinks, ring = self._window.sinks, self._window.ring
-        return torch.where(tokens < sinks, tokens, sinks + tokens % ring)

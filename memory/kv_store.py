@@ -11,7 +11,7 @@ from torch import Tensor
 from ds_offload.kernels.append import append_rows
 from ds_offload.kernels.gather import gather_rows
 from ds_offload.kernels.segment_table import SegmentTable
-from ds_offload.kernels.slot_attention import StoredRows
+from ds_offload.kernels.slot_attention_launch import StoredRows
 from ds_offload.memory.pinned_pool import PinnedPool
 from ds_offload.memory.staged_rows import StagedRows
 

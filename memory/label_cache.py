@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -75,6 +76,12 @@ class LabelCache:
         one = copy.copy(self)
         one.starts = self.starts[sequence : sequence + 1]
         return one
+
+    def parts(self, layer: int, sequence: int, stop: int) -> Iterator[Tensor]:
+        """Labels of tokens 0 to `stop` where they lie: contiguous `[n, row_bytes]` uint8, by KV head."""
+        first = self._offsets[sequence]
+        for head in self.rows[layer]:
+            yield head[first : first + stop]
 
     def layer(self, layer: int) -> LabelRows:
         """One layer's labels, as the kernel that takes in a new token wants them."""

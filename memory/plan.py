@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from ds_offload.kernels.admit_state import AdmitState
+from ds_offload.kernels.kv_codec import RowLayout
 from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.memory.window import AttentionWindow
 from ds_offload.memory.workspace import (
@@ -38,7 +39,7 @@ class CacheShape:
     Attributes:
         layers, dense_layers: Decoder layers, and how many of them keep their K/V on the device.
         active_experts: Experts that a token goes through; 1 where the MLP is no mixture.
-        dtype, kv_dtype: Of the model and of the stored K/V.
+        dtype, kv_dtype: Of the model, and of K/V that are not quantised.
         labels: The code of a label.
         most_kept: Most candidates a KV head keeps at a step.
         hot_slots: Slots of the hot set per layer and KV head.
@@ -50,6 +51,7 @@ class CacheShape:
         top_p: Whether scores are sorted to find how many tokens to keep.
         everything: Whether every candidate is kept, and nothing scored.
         monitored: Whether attention is compared with exact attention between steps.
+        layout: The bytes of quantised rows; None where the store has rows of `kv_dtype`.
     """
 
     layers: int
@@ -77,6 +79,7 @@ class CacheShape:
     top_p: bool
     everything: bool
     monitored: bool
+    layout: RowLayout | None = None
 
     @property
     def rows(self) -> int:
@@ -86,6 +89,11 @@ class CacheShape:
     @property
     def row_bytes(self) -> int:
         """Stored K and V of one token of one KV head."""
+        return self.plain_row_bytes if self.layout is None else self.layout.row_bytes
+
+    @property
+    def plain_row_bytes(self) -> int:
+        """The same where they are not quantised: in the window, in dense layers, and of a new token."""
         return 2 * self.head_dim * self.kv_dtype.itemsize
 
     @property
@@ -155,10 +163,13 @@ def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None, continu
     if not shape.kv_on_device:
         # A block of host memory is whole pages.
         segment = -(-segment // mmap.PAGESIZE) * mmap.PAGESIZE
-    slots = shape.window.forced_slots + shape.hot_slots
-    hot_set = 0 if shape.kv_on_device else offloaded * (shape.rows * slots * shape.row_bytes + _admit_bytes(shape))
-    buffers = shape.layers * shape.rows * shape.row_bytes
-    buffers += shape.dense_layers * tokens * shape.kv_heads * shape.row_bytes
+    hot_set = 0
+    if not shape.kv_on_device or shape.layout is not None:
+        hot_set += offloaded * shape.rows * shape.window.forced_slots * shape.plain_row_bytes
+    if not shape.kv_on_device:
+        hot_set += offloaded * (shape.rows * shape.hot_slots * shape.row_bytes + _admit_bytes(shape))
+    buffers = shape.layers * shape.rows * shape.plain_row_bytes
+    buffers += shape.dense_layers * tokens * shape.kv_heads * shape.plain_row_bytes
     buffers += segments * segment if shape.kv_on_device else 0
     labels = shape.layers * shape.kv_heads * tokens * shape.labels.row_bytes
     reserve = CUDA_RESERVE_BYTES if shape.cuda else 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from ds_offload.kernels.coded_attention import coded_attention_launch
+from ds_offload.kernels.kv_codec import REFERENCE_ROWS
 from ds_offload.kernels.label_scores import REFERENCE_BLOCK
 from ds_offload.kernels.label_scores_launch import scores_launch
 from ds_offload.kernels.select import select_launch
-from ds_offload.kernels.slot_attention import slot_attention_launch
+from ds_offload.kernels.slot_attention_launch import slot_attention_launch
 
 if TYPE_CHECKING:
     from ds_offload.memory.plan import CacheShape
@@ -25,6 +27,8 @@ WRITTEN_SEGMENTS = 16
 _LABEL_TOKENS = 4096
 # Weights, expert numbers and permutations of a token's expert: a dozen numbers of up to 8 bytes.
 _ROUTING_BYTES = 96
+# A channel of K or V on its way to a code, and back, as the CPU's torch does it.
+_ENCODED_BYTES, _DECODED_BYTES = 24, 12
 
 
 def chunk_tokens(hidden_size: int, intermediate_size: int, itemsize: int) -> int:
@@ -77,10 +81,14 @@ def streamed_prefill_bytes(shape: CacheShape) -> int:
     block = min(prompt, stream_tokens(shape.kv_heads, shape.row_bytes)) * shape.kv_heads
     # Sums of the attention so far, a part of it, and the same as float32; a log-sum-exp of each, and the weights.
     attention = piece * shape.heads * (shape.head_dim * (8 + itemsize) + 16)
-    if shape.dtype != shape.kv_dtype:
+    decoded = 0
+    if shape.layout is not None:
+        decoded = block * shape.plain_row_bytes
+        attention += _codec_bytes(shape, shape.kv_heads, block // shape.kv_heads, _DECODED_BYTES)
+    elif shape.dtype != shape.kv_dtype:
         attention += block * 2 * shape.head_dim * itemsize
-    workspace = max(_chunk_bytes(shape, piece), attention)
-    return _kept_bytes(shape, piece) + 2 * block * shape.row_bytes + workspace + _writer_bytes(shape, piece)
+    workspace = max(_chunk_bytes(shape, piece), attention) + 2 * block * shape.row_bytes + decoded
+    return _kept_bytes(shape, piece) + workspace + _writer_bytes(shape, piece)
 
 
 def hidden_state_bytes(shape: CacheShape) -> int:
@@ -104,13 +112,20 @@ def _chunk_bytes(shape: CacheShape, tokens: int) -> int:
 def _writer_bytes(shape: CacheShape, tokens: int) -> int:
     """What the writer takes while the next layer computes.
 
-    Float32 copies of keys on the way to labels, or rows in the store's dtype.
+    Float32 copies of keys on the way to labels, or rows in the store's dtype; quantised ones
+    are there while labels are made.
     """
     labels = 8 * min(tokens, _LABEL_TOKENS) * shape.kv_heads * shape.labels.channels
-    if shape.dtype == shape.kv_dtype:
-        return labels
     written = min(tokens, WRITTEN_SEGMENTS * shape.segment_tokens)
-    return max(labels, written * shape.kv_heads * shape.row_bytes)
+    rows = written * shape.kv_heads * shape.row_bytes
+    if shape.layout is not None:
+        return rows + max(labels, _codec_bytes(shape, shape.kv_heads, written, _ENCODED_BYTES))
+    return labels if shape.dtype == shape.kv_dtype else max(labels, rows)
+
+
+def _codec_bytes(shape: CacheShape, heads: int, tokens: int, channel: int) -> int:
+    """Float32 copies of rows on their way to codes or back, `channel` bytes a channel of K or V; on a CPU only."""
+    return 0 if shape.cuda else channel * heads * min(tokens, REFERENCE_ROWS) * shape.head_dim
 
 
 def decode_bytes(shape: CacheShape) -> int:
@@ -122,6 +137,10 @@ def decode_bytes(shape: CacheShape) -> int:
     attended = (3 if shape.predicted else 2) * (shape.layers - shape.dense_layers) * sequences
     attended *= shape.heads * shape.head_dim * shape.dtype.itemsize
     parts = _cuda_step(shape) if shape.cuda else _cpu_step(shape)
+    if shape.layout is not None:
+        # The new rows of all layers, quantised.
+        new = (shape.layers - shape.dense_layers) * rows
+        parts = max(parts, new * shape.row_bytes + _codec_bytes(shape, new, 1, _ENCODED_BYTES))
     parts += max(_layer_bytes(shape, sequences), _dense_bytes(shape))
     if shape.cuda:
         # A captured step's memory is its own.
@@ -140,6 +159,8 @@ def _comparison_bytes(shape: CacheShape) -> int:
     block = min(longest, compared_tokens(kv_heads, shape.row_bytes))
     # K or V as float32; scores, those less the highest, and weights.
     read = kv_heads * block * (2 * shape.row_bytes + 4 * shape.head_dim) + 3 * 4 * shape.heads * block
+    if shape.layout is not None:
+        read += kv_heads * block * 2 * shape.head_dim * shape.dtype.itemsize
     # Weights of KV heads and their selection; flags of tokens, places and weights of the chosen ones.
     chosen = 4 * kv_heads * longest + max(selecting, kv_heads * longest + 6 * tokens)
     weights = 4 * shape.heads * longest
@@ -188,8 +209,12 @@ def _cuda_step(shape: CacheShape) -> int:
             # A masked copy, the sorted one with its indices, and the sort's own.
             weighing += 10 * scores
     group = heads // shape.kv_heads
+    forced = shape.window.forced_slots
     split = slot_attention_launch(group, shape.head_dim, shape.dtype, shape.kv_dtype).split
-    splits = -(-(shape.window.forced_slots + shape.most_kept) // split)
+    splits = -(-(forced + shape.most_kept) // split)
+    if shape.layout is not None:
+        splits = -(-forced // split)
+        splits += -(-shape.most_kept // coded_attention_launch(group, shape.head_dim, shape.dtype).split)
     attention = sequences * heads * splits * (shape.head_dim + 2) * 4
     # The result of an admission and its scratch memory are four times the tokens.
     selection = scores + tokens + max(weighing, selecting, 4 * tokens)
@@ -225,6 +250,9 @@ def _cpu_step(shape: CacheShape) -> int:
     attended = rows * (shape.window.forced_slots + shape.most_kept)
     # Rows side by side, taken out of a store first where they lie there, and in the query's dtype.
     attention = attended * (shape.row_bytes * (2 if shape.kv_on_device else 1) + 4 * 8)
-    if shape.dtype != shape.kv_dtype:
+    if shape.layout is not None:
+        attention = attended * (shape.plain_row_bytes + 4 * 8) + rows * shape.most_kept * shape.row_bytes
+        attention += _codec_bytes(shape, rows, shape.most_kept, _DECODED_BYTES)
+    elif shape.dtype != shape.kv_dtype:
         attention += attended * 2 * shape.head_dim * shape.dtype.itemsize
     return max(selection, attention) + (tokens if shape.predicted else 0)

@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ds_offload.kernels.slot_attention import StoredRows
+from ds_offload.kernels.slot_attention_launch import StoredRows
 from ds_offload.memory.hot_set import HotSet
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.window import AttentionWindow
+from ds_offload.memory.window_buffer import WindowBuffer
 from ds_offload.prefetch.link_timer import LinkTimer
 from ds_offload.prefetch.selection import LOOK_AHEAD_PART, Selection, Selector, Step
 from ds_offload.prefetch.streams import Streams
@@ -29,6 +30,7 @@ class Kept:
         rows: `[B, Hkv, C, 2, D]`, K and V side by side; or a layer of the store on the device.
         places: `[B, Hkv, P]` int64 into `rows`, -1 for padding; tokens ascend within
             the window (sinks, then recent, the current one last) and within the rest.
+            Where rows are quantised, those of the window are into the window's own rows.
         selected_by: The query `[B, H, D]` that selected: the layer's own, or a predicted one.
     """
 
@@ -65,6 +67,7 @@ class PrefetchScheduler:
     Args:
         hot_set: The device rows of offloaded layers; None reads `store` directly (it
             is on the device then).
+        window_buffer: Where the window's rows stand; None where they are read in the store.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class PrefetchScheduler:
         store: KVStore,
         hot_set: HotSet | None,
         window: AttentionWindow,
+        window_buffer: WindowBuffer | None,
         streams: Streams,
         layers: int,
         sequences: int,
@@ -87,6 +91,7 @@ class PrefetchScheduler:
         self._store = store
         self._hot_set = hot_set
         self._window = window
+        self._window_buffer = window_buffer
         self._streams = streams
         self._heads = (sequences, kv_heads)
         self._counts = torch.zeros(layers, *self._heads, 4, dtype=torch.int64, device=device)
@@ -102,8 +107,9 @@ class PrefetchScheduler:
         self._started.clear()
         forced = self._window.forced_slots
         window = torch.cat((self._window.sink_tokens(step.lengths), self._window.recent_tokens(step.lengths)), -1)
+        if self._window_buffer is not None:
+            window = self._window_buffer.places(window)
         if self._hot_set is not None:
-            window = self._hot_set.window_places(window)
             self._hot_set.begin_step()
         shape = (*self._heads, forced + step.most_kept)
         buffers = torch.empty(2, *shape, dtype=torch.int64, device=window.device)

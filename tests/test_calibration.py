@@ -46,6 +46,7 @@ FAMILIES = {
     "q/k-norm": (Qwen3Config, 4, 2),
 }
 FINGERPRINT = "0123456789abcdef" * 4
+NAMES = ("channels", "importance", "key_mean", "key_factor")
 
 
 def tiny_model(family: str = "GQA", dtype: torch.dtype = torch.float64, **changes: int) -> PreTrainedModel:
@@ -127,6 +128,19 @@ def test_statistic_is_the_mean_product_over_all_pairs(family: str, count: int, b
                 range(12), key=lambda c: (-made.importance[layer, head, c].item(), c)
             )
     assert (made.tokens, made.text, made.fingerprint) == (count, "t", FINGERPRINT)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_are_divided_by_the_root_of_their_size_over_their_queries(family: str) -> None:
+    model, ids = tiny_model(family), token_ids(40)
+    made = calibrate(DecoderStack(model), ids, fingerprint=FINGERPRINT, text="t")
+    queries, keys = queries_and_keys(model, ids)
+    for layer, factor in enumerate(made.key_factor):
+        # Pairs that RoPE turns together, [tokens, heads, 2, pairs].
+        key, query = (rows[layer].unflatten(-1, (2, -1)).square().sum(2) for rows in (keys, queries))
+        query = query.unflatten(1, (key.shape[1], -1)).sum(2)
+        expected = (key.sum(0).sqrt() / query.sum(0).sqrt()).sqrt()
+        torch.testing.assert_close(factor.double(), torch.cat((expected, expected), -1), rtol=1e-5, atol=1e-6)
 
 
 def test_ties_rank_by_channel_number() -> None:
@@ -297,12 +311,12 @@ def test_the_wrong_model_is_named(made: Calibration, tmp_path: Path) -> None:
 
 def rewritten(made: Calibration, path: Path, metadata: dict[str, str] | None = None, **tensors: Tensor | None) -> Path:
     """`made` in a file with other metadata or tensors."""
-    held = {"channels": made.channels, "importance": made.importance, "key_mean": made.key_mean}
+    held = {name: getattr(made, name) for name in NAMES}
     held |= {name: tensor for name, tensor in tensors.items() if tensor is not None}
     held = {name: tensor.contiguous() for name, tensor in held.items() if tensors.get(name, tensor) is not None}
     about = {
         "format": "ds_offload.calibration",
-        "version": "1",
+        "version": "2",
         "fingerprint": FINGERPRINT,
         "tokens": "30",
         "text": "t",
@@ -312,8 +326,13 @@ def rewritten(made: Calibration, path: Path, metadata: dict[str, str] | None = N
 
 
 def test_a_newer_version_is_refused_before_anything_else(made: Calibration, tmp_path: Path) -> None:
-    message = refused(rewritten(made, tmp_path / "c", {"version": "2", "fingerprint": "other"}, more=torch.ones(1)))
-    assert "has format version 2, and this version of ds-offload reads up to 1; update ds-offload" in message
+    message = refused(rewritten(made, tmp_path / "c", {"version": "3", "fingerprint": "other"}, more=torch.ones(1)))
+    assert "has format version 3, and this version of ds-offload reads up to 2; update ds-offload" in message
+
+
+def test_an_older_version_is_refused(made: Calibration, tmp_path: Path) -> None:
+    message = refused(rewritten(made, tmp_path / "c", {"version": "1"}, key_factor=None))
+    assert "has format version 1, of an older ds-offload; make one with" in message
 
 
 def test_files_that_contradict_themselves_are_refused(made: Calibration, tmp_path: Path) -> None:
@@ -337,6 +356,8 @@ def test_files_that_contradict_themselves_are_refused(made: Calibration, tmp_pat
         {"key_mean": made.key_mean[:, :1]},
         {"key_mean": made.key_mean * torch.nan},
         {"key_mean": None},
+        {"key_factor": made.key_factor * 0},
+        {"key_factor": None},
         {"extra": torch.zeros(1)},
     ]
     for case in cases:
@@ -384,9 +405,7 @@ def test_a_damaged_cache_file_is_said_and_made_again(
     if damage == "truncated":
         cache.write_bytes(sound[:-1])
     elif damage == "other shape":
-        dataclasses.replace(first, **{n: getattr(first, n)[1:] for n in ("channels", "importance", "key_mean")}).save(
-            cache
-        )
+        dataclasses.replace(first, **{n: getattr(first, n)[1:] for n in NAMES}).save(cache)
     else:
         cache.unlink()
         cache.mkdir()

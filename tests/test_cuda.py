@@ -36,13 +36,15 @@ def test_a_budget_of_the_whole_context_equals_transformers(family: str, kv_heads
         torch.testing.assert_close(out.logits, expected.cpu(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_exact_off_and_gpu_give_the_same_256_tokens(kv_heads: int, tmp_path: Path) -> None:
+def test_exact_off_and_gpu_give_the_same_256_tokens(kv_heads: int, kv_dtype: str, tmp_path: Path) -> None:
     save_tiny(tmp_path, tiny_config("llama", kv_heads), torch.bfloat16)
     prompts = random_prompts(600, 300)
     answers = {}
     for prefetch, location in (("exact", "host"), ("off", "host"), ("exact", "gpu")):
         changes = {"prefetch": prefetch, "kv_location": location, "hot_set": 1.5, "token_budget": "1/8"}
+        changes["kv_dtype"] = kv_dtype
         with make(tmp_path, segment_tokens=64, **changes) as gen:
             outs = gen.generate(prompts, max_new_tokens=256)
         answers[prefetch, location] = [out.token_ids for out in outs]
@@ -63,6 +65,8 @@ def test_exact_off_and_gpu_give_the_same_256_tokens(kv_heads: int, tmp_path: Pat
         {"kv_location": "gpu", "dense_layers": (0,)},
         {"label_bits": 16, "label_channels": 5},
         {"prefetch": "speculative"},
+        {"kv_dtype": "int8"},
+        {"kv_dtype": "int4", "kv_location": "gpu", "dense_layers": (0,)},
     ],
 )
 def test_every_setting_gives_what_the_cpu_gives(changes: dict[str, Any], tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ import torch
 from tiny_models import greedy, random_prompts, save_tiny, tiny_config
 
 from ds_offload import InputError, OffloadConfig, OffloadedGenerator
+from ds_offload.errors import MemoryPlanError
+from ds_offload.memory_check import check_request
+from ds_offload.planning.request import host_total
 
 NEW = 16
 LENGTHS = (150, 37, 201)
@@ -86,8 +89,8 @@ def test_bf16_logits_are_within_the_dtypes_tolerance_of_transformers(tmp_path: P
     prompt = random_prompts(120)[0]
     logits = greedy(model, prompt, 1)[1]
     with make(tmp_path, token_budget="1/1") as gen:
-        assert gen.config.kv_dtype == "bf16"
         out = gen.generate(prompt, max_new_tokens=1, output_logits=True)
+        assert gen.config.kv_dtype == "bf16"
     assert (out.logits - logits).norm() / logits.norm() < 2e-2
 
 
@@ -104,6 +107,62 @@ def test_exact_off_and_gpu_give_identical_tokens(kv_heads: int, budget: int | st
             results[prefetch, location] = torch.stack([out.logits for out in outs])
     for other in results.values():
         assert torch.equal(other, results["exact", "host"])
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+@pytest.mark.parametrize(("kv_heads", "budget"), [(1, 7), (2, 24), (4, "1/4"), (2, "1/1"), (2, 1)])
+def test_quantised_exact_off_and_gpu_give_identical_tokens(
+    kv_dtype: str, kv_heads: int, budget: int | str, tmp_path: Path
+) -> None:
+    save_tiny(tmp_path, tiny_config("llama", kv_heads))
+    prompts = random_prompts(*LENGTHS)
+    results = {}
+    for prefetch, location in (("exact", "host"), ("off", "host"), ("off", "gpu")):
+        changes = {"prefetch": prefetch, "kv_location": location, "hot_set": 1, "kv_dtype": kv_dtype}
+        with make(tmp_path, token_budget=budget, segment_tokens=64, **changes) as gen:
+            outs = gen.generate(prompts, max_new_tokens=NEW, output_logits=True)
+            alone = gen.generate(prompts[1], max_new_tokens=NEW)
+        results[prefetch, location] = torch.stack([out.logits for out in outs])
+        assert alone.token_ids == outs[1].token_ids
+    for other in results.values():
+        assert torch.equal(other, results["exact", "host"])
+
+
+@pytest.mark.parametrize("changes", [{}, {"prefetch": "speculative"}, {"dense_layers": (1,)}, {"hot_set": 0}])
+@pytest.mark.parametrize(("kv_dtype", "tolerance"), [("int8", 0.02), ("int4", 0.35)])
+def test_quantised_rows_change_logits_little(
+    kv_dtype: str, tolerance: float, changes: dict[str, Any], llama: Path
+) -> None:
+    """Relative distance of a step's logits at the same tokens; random weights attend to every token alike."""
+    prompts = random_prompts(*LENGTHS)
+    logits = {}
+    for stored in ("fp32", kv_dtype):
+        with make(llama, token_budget="1/1", kv_dtype=stored, **changes) as gen:
+            logits[stored] = torch.stack(
+                [out.logits[:2] for out in gen.generate(prompts, max_new_tokens=2, output_logits=True)]
+            )
+    first = logits["fp32"][:, 0]
+    assert torch.equal(first, logits[kv_dtype][:, 0]), "the prompt itself is read exactly"
+    far = (logits["fp32"] - logits[kv_dtype])[:, 1].norm() / first.norm()
+    assert 0 < far < tolerance
+
+
+def test_auto_takes_fewer_bits_where_the_host_has_no_room(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = random_prompts(900)[0]
+    needed = {}
+    for kv_dtype in ("fp32", "int8", "int4"):
+        with make(llama, kv_dtype=kv_dtype, hot_set=1) as gen:
+            plan = check_request(gen.loaded, gen.config, [900], [903])
+            needed[kv_dtype] = host_total(plan, cuda=False)
+    for kv_dtype, room in needed.items():
+        with make(llama, hot_set=1, host_memory=room) as gen:
+            capsys.readouterr()
+            gen.generate(prompt, max_new_tokens=3)
+            assert gen.config.kv_dtype == kv_dtype
+            said = f"K/V are stored as {kv_dtype}: as fp32 they do not fit"
+            assert (said in capsys.readouterr().err) == (kv_dtype != "fp32")
+    with make(llama, hot_set=1, host_memory=needed["int4"] - 1) as gen, pytest.raises(MemoryPlanError):
+        gen.generate(prompt, max_new_tokens=3)
 
 
 def test_speculative_differs_only_through_its_selection(llama: Path) -> None:

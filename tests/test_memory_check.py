@@ -121,7 +121,7 @@ def test_the_hot_set_is_chosen_for_each_call_and_a_smaller_one_is_said(
 def test_the_smallest_change_is_named(tmp_path: Path) -> None:
     """A budget of half the context keeps every row twice: without the second copies it fits."""
     save_tiny(tmp_path, tiny_config("llama"))
-    config = OffloadConfig(max_context=8192, token_budget="1/4", hot_set=4)
+    config = OffloadConfig(max_context=8192, token_budget="1/4", hot_set=4, kv_dtype="fp32")
     with OffloadedGenerator.from_pretrained(str(tmp_path), config=config, device="cpu") as gen:
         wanted = dataclasses.replace(gen.config, hot_set=1.25)
         short = plan_request(gen.loaded.source, wanted, [1000], [4000], cuda=False)

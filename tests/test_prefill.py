@@ -43,12 +43,22 @@ class State:
         if gen.decoder.device.type == "cuda":
             torch.cuda.synchronize()
         layers = range(gen.decoder.layers)
-        self.rows = [torch.cat([p.float().cpu() for p in context.row_parts(n, 0, length)]) for n in layers]
+        self.rows = [torch.cat([p.cpu() for p in context.row_parts(n, 0, length)]) for n in layers]
+        if context.codec is not None:
+            heads = (gen.decoder.kv_heads, length)
+            decode = context.codec.decode
+            for n in (n for n in layers if n in context.store):
+                out = torch.empty(*heads, 2, gen.decoder.head_dim, device=gen.decoder.device)
+                coded = self.rows[n].unflatten(0, heads).to(out.device)
+                self.rows[n] = decode(n, coded, out).flatten(0, 1).cpu()
+        self.rows = [rows.float() for rows in self.rows]
         self.labels = context.labels.rows.cpu().clone()
         forced = context.window.forced_slots
-        held = context.hot_set
+        held = context.window_buffer
         self.window = (
-            [held.rows(n)[..., :forced, :, :].float().cpu() for n in layers if n in context.store] if held else []
+            [held.tensor(n)[..., :forced, :, :].float().cpu().clone() for n in layers if n in context.store]
+            if held
+            else []
         )
         loop = DecodeLoop(gen.decoder, context)
         self.tokens = [int(logits.argmax())]
@@ -128,6 +138,24 @@ def test_stored_rows_of_a_shorter_dtype(tmp_path: Path) -> None:
         assert 0 < relative < 2e-2
         for mine, others in zip(turns.rows, whole.rows, strict=True):
             torch.testing.assert_close(mine, others, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("changes", [{}, {"dense_layers": (1,)}, {"kv_location": "gpu"}])
+@pytest.mark.parametrize(("kv_dtype", "tolerance"), [("int8", 0.01), ("int4", 0.12)])
+def test_quantised_rows(kv_dtype: str, tolerance: float, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Turns and pieces read earlier tokens back as they were quantised; the window is as the model made it."""
+    save_tiny(tmp_path, tiny_config("llama", initializer_range=0.05))
+    ids = random_prompts(LENGTH)[0]
+    with make(tmp_path, kv_dtype=kv_dtype, **changes) as gen:
+        whole = run(gen, ids, [])
+        for other in (run(gen, ids, [70, 71]), run(gen, ids, [], streamed=True)):
+            for mine, others in zip(
+                [other.logits, *other.rows, *other.window], [whole.logits, *whole.rows, *whole.window], strict=True
+            ):
+                assert (mine - others).norm() / others.norm() < tolerance
+            assert (other.logits - whole.logits).norm() > 0
+            assert torch.equal(other.rows[0], whole.rows[0]), "the first layer's rows follow from the tokens alone"
 
 
 @pytest.mark.usefixtures("small")

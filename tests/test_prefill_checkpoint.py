@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import random_prompts, save_tiny, tiny_config
 
+import ds_offload.kept_parts
 import ds_offload.prefill_checkpoint
 import ds_offload.tensor_file
 from ds_offload import InputError, OffloadConfig, OffloadedGenerator
@@ -32,7 +33,8 @@ class Stopped(Exception):
 @pytest.fixture(autouse=True)
 def _every_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ds_offload.prefill_checkpoint, "EVERY_S", 0.0)
-    monkeypatch.setattr(ds_offload.prefill_checkpoint, "_RESTORED_TOKENS", 31)
+    monkeypatch.setattr(ds_offload.prefill_checkpoint, "_PART_TOKENS", 31)
+    monkeypatch.setattr(ds_offload.kept_parts, "RESTORED_TOKENS", 31)
     monkeypatch.setenv("DS_OFFLOAD_CACHE", str(tmp_path / "cache"))
 
 
@@ -61,6 +63,14 @@ def interrupt(gen: OffloadedGenerator, folder: Path, layers: int, ids: list[int]
         gen.generate(ids, max_new_tokens=NEW, checkpoint=folder, on_progress=stop_after(layers, len(ids)))
 
 
+def test_quantised_layers_are_taken_up_with_the_same_labels_only(model: Path, tmp_path: Path) -> None:
+    with make(model, kv_dtype="int4") as gen:
+        interrupt(gen, tmp_path / "kept", 2)
+    refused = pytest.raises(InputError, match=r"another caches .*label_bits=2.*here label_bits=8")
+    with make(model, kv_dtype="int4", label_bits=8) as gen, refused:
+        gen.generate(IDS, max_new_tokens=NEW, checkpoint=tmp_path / "kept")
+
+
 @pytest.mark.parametrize("layers", [1, 2, 4])
 @pytest.mark.parametrize(
     "changes",
@@ -69,6 +79,8 @@ def interrupt(gen: OffloadedGenerator, folder: Path, layers: int, ids: list[int]
         {"dense_layers": (0, 3)},
         {"kv_location": "gpu"},
         {"kv_dtype": "bf16", "label_bits": 8},
+        {"kv_dtype": "int8"},
+        {"kv_dtype": "int4", "dense_layers": (0, 3), "kv_location": "gpu"},
         {"token_budget": "1/1", "recent_tokens": 100},
     ],
 )
@@ -80,8 +92,12 @@ def test_a_resumed_prefill_gives_the_same_answer(
         expected = gen.generate(IDS, max_new_tokens=NEW, output_logits=True)
         interrupt(gen, folder, layers)
         names = {file.name for file in folder.iterdir()}
+        parts = {layer: ["layer"] for layer in range(layers)}
+        if changes.get("kv_dtype") in ("int8", "int4"):
+            # What was made of the rows before they were quantised.
+            parts |= {n: ["layer", "labels", "window"] for n in parts if n not in changes.get("dense_layers", ())}
         assert names == {"prefill.json", f"hidden-{layers:04d}.safetensors"} | {
-            f"layer-{layer:04d}.safetensors" for layer in range(layers)
+            f"{part}-{layer:04d}.safetensors" for layer, kept in parts.items() for part in kept
         }
         seen: list[tuple[str, int, int]] = []
         capsys.readouterr()
@@ -182,7 +198,7 @@ def test_a_header_of_another_version_is_refused(model: Path, tmp_path: Path) -> 
     with make(model) as gen:
         interrupt(gen, folder, 1)
         header = folder / "prefill.json"
-        for text in ("[]", "{}", json.dumps(json.loads(header.read_text()) | {"version": 2}), ""):
+        for text in ("[]", "{}", json.dumps(json.loads(header.read_text()) | {"version": 1}), ""):
             header.write_text(text)
             with pytest.raises(InputError, match="damaged, or of another version"):
                 gen.generate(IDS, max_new_tokens=2, checkpoint=folder)

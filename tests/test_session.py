@@ -244,6 +244,14 @@ def test_what_is_no_document(gen: OffloadedGenerator, document: Any) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_quantised_rows_are_refused(model: Path) -> None:
+    with make(model, kv_dtype="int8") as gen:
+        with pytest.raises(InputError, match=r"kv_dtype='int8' is not for sessions.*leave it out"):
+            gen.prefill(DOCUMENT)
+        with pytest.raises(InputError, match="kv_dtype='int8' is not for sessions"):
+            gen.load_session("anywhere")
+
+
 def test_a_document_that_fills_the_context(gen: OffloadedGenerator) -> None:
     with pytest.raises(InputError, match="the document has 400 tokens and max_context=400"):
         gen.prefill(random_prompts(400)[0])

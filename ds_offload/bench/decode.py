@@ -23,7 +23,7 @@ from ds_offload.bench.transformers_cache import transformers_row
 from ds_offload.calibration import Calibration, find_or_make_calibration
 from ds_offload.config import OffloadConfig
 from ds_offload.decoder import DecoderStack
-from ds_offload.dtypes import dtype_name, torch_dtype
+from ds_offload.dtypes import RowFormat
 from ds_offload.errors import InputError
 from ds_offload.families import check_supported
 from ds_offload.kv_context import KVContext
@@ -107,7 +107,6 @@ def bench_decode(
         head_dim=source.shape.head_dim,
         layers=source.shape.layers,
         trained_context=source.shape.trained_context,
-        kv_dtype=dtype_name(source.dtype),
     )
     tokenizer, windows = None, None
     if sizes.text is not None:
@@ -179,10 +178,11 @@ class _Bench:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of every K and V of the contexts, those of dense layers not counted."""
+        """Bytes of every K and V of the contexts before any is quantised, those of dense layers not counted."""
         shape, config = self.loaded.source.shape, self.config
         layers = shape.layers - len(config.dense_layers)
-        row = 2 * shape.head_dim * torch_dtype(config.kv_dtype).itemsize
+        dtype = RowFormat.of(config.kv_dtype, self.loaded.source.dtype, shape.head_dim).dtype
+        row = 2 * shape.head_dim * dtype.itemsize
         return layers * self.sizes.sequences * shape.kv_heads * self.sizes.tokens * row
 
     def floor(self) -> BenchRow:
@@ -220,8 +220,9 @@ class _Bench:
         """Made-up rows for all variants; none where a text is read."""
         if self.windows is not None:
             return nullcontext()
-        notice(f"bench decode: making {self.cache_bytes / 2**30:.1f} GiB of rows")
-        return FilledRows(DecoderStack(self.loaded.model), self.config, self.sizes.sequences, self.sizes.capacity)
+        rows = FilledRows(DecoderStack(self.loaded.model), self.config, self.sizes.sequences, self.sizes.capacity)
+        notice(f"bench decode: making {rows.nbytes / 2**30:.1f} GiB of rows")
+        return rows
 
     @contextmanager
     def _context(

@@ -14,13 +14,16 @@ from torch import Tensor
 from ds_offload.calibration import Calibration
 from ds_offload.config import OffloadConfig
 from ds_offload.decoder import DecoderStack
-from ds_offload.dtypes import torch_dtype
+from ds_offload.dtypes import RowFormat
+from ds_offload.kernels.kv_codec import RowCode, encode_rows
 from ds_offload.kv_context import KVContext
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.pinned_pool import PinnedPool
 from ds_offload.notices import notice
 
 BLOCK_BYTES = 64 << 20
+# Rows that are quantised, to be repeated.
+CODED_ROWS = 1 << 16
 FILL_THREADS = 16
 # Small, so that attention over random rows stays finite in every dtype.
 ROW_SCALE = 0.1
@@ -43,10 +46,11 @@ class FilledRows:
     def __init__(self, decoder: DecoderStack, config: OffloadConfig, sequences: int, capacity: int) -> None:
         self._pool = PinnedPool(decoder.device) if config.kv_location == "host" else None
         self._device = decoder.device
-        self._dtype = torch_dtype(config.kv_dtype)
+        self._format = RowFormat.of(config.kv_dtype, decoder.dtype, decoder.head_dim)
+        self._dtype = self._format.store_dtype
         size = int(config.segment_tokens)
         layers = decoder.layers - len(config.dense_layers)
-        self._shape = (layers, decoder.kv_heads, size, 2, decoder.head_dim)
+        self._shape = (layers, decoder.kv_heads, size, 2, self._format.store_dim)
         self._count = sequences * -(-capacity // size) if layers else 0
         self._segments: list[Tensor] = []
 
@@ -61,6 +65,11 @@ class FilledRows:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all segments."""
+        return self._count * torch.Size(self._shape).numel() * self._dtype.itemsize
+
     def close(self) -> None:
         """Give the memory back; no context may use it any more."""
         self._segments.clear()
@@ -74,9 +83,8 @@ class FilledRows:
     def _fill(self) -> None:
         elements = torch.Size(self._shape).numel()
         nbytes = elements * self._dtype.itemsize
-        generator = torch.Generator().manual_seed(0)
-        numbers = min(elements, BLOCK_BYTES // self._dtype.itemsize)
-        block = torch.empty(numbers).normal_(0, ROW_SCALE, generator=generator).to(self._dtype)
+        block = self._block(elements)
+        numbers = len(block)
         on_device = block.to(self._device) if self._pool is None else None
         said = SAY_EVERY
         with ThreadPoolExecutor(min(FILL_THREADS, os.cpu_count() or 1)) as workers:
@@ -95,6 +103,17 @@ class FilledRows:
                     for copy in copies:
                         copy.result()
                 self._segments.append(segment.view(self._shape))
+
+    def _block(self, elements: int) -> Tensor:
+        """Some of the store's elements, a whole number of rows where those are quantised."""
+        generator = torch.Generator().manual_seed(0)
+        layout = self._format.layout
+        if layout is None:
+            numbers = min(elements, BLOCK_BYTES // self._dtype.itemsize)
+            return torch.empty(numbers).normal_(0, ROW_SCALE, generator=generator).to(self._dtype)
+        rows = torch.empty(min(elements // layout.row_bytes, CODED_ROWS), 2, layout.head_dim)
+        rows.normal_(0, ROW_SCALE, generator=generator)
+        return encode_rows(rows, RowCode(layout, torch.ones(layout.head_dim))).flatten()
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
@@ -122,7 +141,7 @@ def filled_context(
         for sequence in range(sequences):
             context.reserve(sequence, capacity)
         _fill_labels(decoder, context, sequences, tokens)
-        if context.hot_set is not None:
+        if context.window_buffer is not None:
             _fill_window(decoder, context, sequences, tokens)
         try:
             yield context
@@ -145,7 +164,7 @@ def _fill_labels(decoder: DecoderStack, context: KVContext, sequences: int, toke
 
 def _fill_window(decoder: DecoderStack, context: KVContext, sequences: int, tokens: int) -> None:
     """Bring sinks and recent window on the device, as a prompt of few tokens whose window stands in the same slots."""
-    assert context.hot_set is not None
+    assert context.window_buffer is not None
     sinks, ring = context.window.sinks, context.window.ring
     # The ring's slot of a token is its number modulo the ring's length.
     length = min(tokens, sinks + ring + (tokens - sinks) % ring)
@@ -154,10 +173,13 @@ def _fill_window(decoder: DecoderStack, context: KVContext, sequences: int, toke
     chosen = torch.cat((torch.arange(length - recent), torch.arange(tokens - recent, tokens)))
     chosen = chosen.to(device).expand(sequences, decoder.kv_heads, -1).contiguous()
     slots = torch.arange(length, device=device).expand_as(chosen).contiguous()
-    shape = (*chosen.shape, 2, decoder.head_dim)
-    rows = torch.empty(shape, dtype=context.store.dtype, device=device)
+    shape = (*chosen.shape, *context.store.prompt_shape(1)[2:])
+    stored = torch.empty(shape, dtype=context.store.dtype, device=device)
+    rows = stored if context.codec is None else stored.new_empty((*shape[:4], decoder.head_dim), dtype=decoder.dtype)
     for layer in range(decoder.layers):
         if layer in context.store:
-            context.store.gather(layer, chosen, slots, rows)
+            context.store.gather(layer, chosen, slots, stored)
             for sequence in range(sequences):
-                context.hot_set.fill_window(layer, sequence, rows[sequence])
+                if context.codec is not None:
+                    context.codec.decode(layer, stored[sequence], rows[sequence])
+                context.window_buffer.fill(layer, sequence, rows[sequence])

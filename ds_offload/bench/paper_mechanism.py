@@ -73,7 +73,7 @@ class PaperScheduler:
         self._step = step
         window = self._context.window
         tokens = torch.cat((window.sink_tokens(step.lengths), window.recent_tokens(step.lengths)), -1)
-        self._window = self._context.hot_set.window_places(tokens)[:, None]
+        self._window = self._context.hot_set.window.places(tokens)[:, None]
 
     def wants_prediction(self, layer: int) -> bool:
         """Never: everything is done in line."""
@@ -89,7 +89,7 @@ class PaperScheduler:
         assert self._step is not None and self._window is not None, "begin() comes before a step's layers"
         assert context.hot_set is not None, "the store is on the host"
         tokens = self.selector.select(layer, query, self._step).tokens
-        places = context.window.forced_slots + torch.arange(tokens.shape[2], device=tokens.device)
+        places = context.hot_set.first_place + torch.arange(tokens.shape[2], device=tokens.device)
         places = torch.where(tokens >= 0, places, -1)
         rows = context.hot_set.rows(layer)
         context.store.gather(layer, tokens, places, rows, timer=self.timer.in_line(layer))

@@ -16,7 +16,6 @@ from ds_offload.bench.report import BenchRow
 from ds_offload.bench.timing import Stopwatch, Timing
 from ds_offload.config import OffloadConfig
 from ds_offload.decoder import DecoderStack
-from ds_offload.dtypes import dtype_name
 from ds_offload.errors import InputError
 from ds_offload.families import check_supported
 from ds_offload.kv_context import KVContext
@@ -70,7 +69,6 @@ def bench_prefill(
         head_dim=source.shape.head_dim,
         layers=source.shape.layers,
         trained_context=source.shape.trained_context,
-        kv_dtype=dtype_name(source.dtype),
     )
     lengths = [sizes.tokens], [sizes.tokens + 1]
     config = settle_config(source, config, device, *lengths)

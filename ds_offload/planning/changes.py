@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 from ds_offload.config import HOT_SETS, TOP_P_CAP, TokenBudget
+from ds_offload.dtypes import QUANTISED_BITS, dtype_name
 from ds_offload.errors import InputError
 from ds_offload.families import check_supported
 from ds_offload.planning.request import MemoryLimits, Request
@@ -22,19 +23,31 @@ Change = tuple[list[str], Request]
 
 
 def fits(request: Request, limits: MemoryLimits) -> bool:
-    """Whether a request's plan is within the limits, its prefill streamed if need be."""
+    """Whether a request's plan is within the limits, its prefill streamed if need be, at any dtype it may choose."""
+    if request.config.kv_dtype == "auto":
+        return any(fits(choice, limits) for choice in _stored_as(request))
     return limits.shortage(request.plan(limits.gpu)) is None
 
 
 def settle(request: Request, limits: MemoryLimits) -> Request:
-    """The request with a hot set where none was asked for: the largest of `HOT_SETS` that fits, else the least.
+    """The request with a K/V dtype and a hot set where they were left open.
 
-    A larger hot set is no reason to stream the prefill.
+    The dtype is the first of the model's own, int8 and int4 with which it fits at all, else
+    the last. The hot set is the largest of `HOT_SETS` that fits, else the least; a larger one
+    is no reason to stream the prefill.
     """
+    if request.config.kv_dtype == "auto":
+        stored = _stored_as(request)
+        request = next((choice for choice in stored if fits(choice, limits)), stored[-1])
     if request.config.hot_set is not None:
         return request
     choices = [request.of(hot_set=multiple) for multiple in HOT_SETS]
     return next((choice for choice in choices if _device_holds(choice, limits)), choices[-1])
+
+
+def _stored_as(request: Request) -> list[Request]:
+    """The request with K/V of the model's dtype, then quantised to fewer and fewer bits."""
+    return [request.of(kv_dtype=name) for name in (dtype_name(request.source.dtype), *QUANTISED_BITS)]
 
 
 def _device_holds(request: Request, limits: MemoryLimits) -> bool:
@@ -46,8 +59,8 @@ def _device_holds(request: Request, limits: MemoryLimits) -> bool:
 def find_changes(request: Request, limits: MemoryLimits) -> list[str] | None:
     """Flags such as "--hot-set 1.25" that make a request fit: [] where it does, None where nothing helps.
 
-    Tried alone, in this order: a smaller hot set, a smaller token budget, a context of at
-    least half the length, fewer sequences. Then together: the smallest hot set with a
+    Tried alone, in this order: a smaller hot set, K/V at fewer bits, a smaller token budget, a
+    context of at least half the length, fewer sequences. Then together: the smallest hot set with a
     smaller budget; both with any context; all of them. The plan of what is returned fits.
     """
     if fits(request, limits):
@@ -62,6 +75,7 @@ def _candidates(request: Request, limits: MemoryLimits) -> Iterator[Change]:
     """Changed requests with their flags, the preferred first."""
     half = int(LEAST_SHARE * max(request.capacities))
     yield from _hot_sets(request)
+    yield from _fewer_bits(request)
     yield from _budgets(request)
     yield from _shorter(request, limits, half)
     yield from _fewer(request, limits)
@@ -87,6 +101,15 @@ def _hot_sets(request: Request) -> Iterator[Change]:
     for multiple in HOT_SETS:
         if multiple < request.config.hot_set_multiple:
             yield [f"--hot-set {multiple:g}"], request.of(hot_set=multiple)
+
+
+def _fewer_bits(request: Request) -> Iterator[Change]:
+    """K/V quantised, where they were asked for at more bits; "auto" has tried that already."""
+    asked = request.config.kv_dtype
+    bits = 0 if asked == "auto" else QUANTISED_BITS.get(asked, 16)
+    for name, fewer in QUANTISED_BITS.items():
+        if fewer < bits:
+            yield [f"--kv-dtype {name}"], request.of(kv_dtype=name)
 
 
 def _budgets(request: Request) -> Iterator[Change]:

@@ -163,7 +163,7 @@ def _rows_read(shape: CacheShape) -> int:
     """Bytes of labels and rows that a step reads from device memory, labels as often as their scores take."""
     offloaded, tokens = shape.layers - shape.dense_layers, sum(shape.capacities)
     attended = shape.rows * min(max(shape.capacities), shape.window.forced_slots + shape.most_kept)
-    read = offloaded * attended * shape.row_bytes + shape.dense_layers * tokens * shape.kv_heads * shape.row_bytes
+    read = offloaded * attended * shape.row_bytes + shape.dense_layers * tokens * shape.kv_heads * shape.plain_row_bytes
     if shape.scored:
         passes = GROUPED_READINGS if shape.weighed else 1
         read += passes * offloaded * shape.kv_heads * tokens * shape.labels.row_bytes

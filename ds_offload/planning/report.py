@@ -166,7 +166,6 @@ def resolve_request(source: ModelSource, config: OffloadConfig, batch: int, cuda
         head_dim=shape.head_dim,
         layers=shape.layers,
         trained_context=shape.trained_context,
-        kv_dtype=dtype_name(source.dtype),
     )
     request = Request(source, resolved, cuda, batch)
     check_supported(source.config, request.context)

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from ds_offload.config import OffloadConfig
-from ds_offload.dtypes import torch_dtype
+from ds_offload.dtypes import RowFormat
 from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.loading import ModelSource
 from ds_offload.memory.plan import CacheShape, MemoryPlan, hot_set_capacity, plan_memory
@@ -142,6 +142,7 @@ def _cache_shape(
     budget = config.budget
     kept = max(window.selected(config.widest_budget.tokens(capacity), capacity) for capacity in capacities)
     assert config.label_channels is not None, "the config is resolved"
+    rows = RowFormat.of(config.kv_dtype, source.dtype, shape.head_dim)
     everything = budget.fraction == 1
     kv_on_device = config.kv_location == "gpu"
     hot_slots = hot_set_capacity(config.hot_set_multiple, kept, max(capacities), window)
@@ -161,7 +162,8 @@ def _cache_shape(
         active_experts=active_experts(source),
         vocab_size=shape.vocab_size,
         dtype=source.dtype,
-        kv_dtype=torch_dtype(config.kv_dtype),
+        kv_dtype=rows.dtype,
+        layout=rows.layout,
         labels=LabelLayout(config.label_channels, config.label_bits),
         window=window,
         most_kept=kept,

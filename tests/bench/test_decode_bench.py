@@ -52,7 +52,7 @@ def config(loaded: LoadedModel) -> OffloadConfig:
     given = OffloadConfig(
         max_context=CAPACITY, token_budget=KEPT + WINDOW, sink_tokens=2, recent_tokens=4, segment_tokens=64, hot_set=2
     )
-    return given.resolve(head_dim=shape.head_dim, layers=shape.layers, trained_context=512, kv_dtype="fp32")
+    return given.resolve(head_dim=shape.head_dim, layers=shape.layers, trained_context=512)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,26 @@ def bench(
     selections: ReplayedSelections,
 ) -> Bench:
     return Bench(loaded, config, calibration, filled, selections)
+
+
+@pytest.mark.parametrize("location", ["host", "gpu"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+def test_quantised_rows_are_random_and_finite(bench: Bench, kv_dtype: str, location: str) -> None:
+    config = dataclasses.replace(bench.config, kv_dtype=kv_dtype, kv_location=location)
+    with FilledRows(DecoderStack(bench.loaded.model), config, SEQUENCES, CAPACITY) as rows:
+        quantised = dataclasses.replace(bench, config=config, filled=rows)
+        with quantised.context("ours") as (decoder, context):
+            assert rows.nbytes == context.store.nbytes
+            size = (decoder.kv_heads, TOKENS, 2)
+            coded = torch.empty(*size, context.store.prompt_shape(1)[-1], dtype=torch.uint8)
+            context.store.read(1, 1, 0, coded)
+            assert context.codec is not None and context.window_buffer is not None
+            numbers = context.codec.decode(1, coded, torch.empty(*size, decoder.head_dim))
+            assert 0.08 < numbers.std() < 0.12
+            place = context.window_buffer.places(torch.tensor([[TOKENS - 1]]))
+            assert torch.equal(context.window_buffer.tensor(1)[1, :, place[0, 0]], numbers[:, -1])
+        for name in ("ours",) if location == "gpu" else ("ours", "paper", "no-hot-set"):
+            assert quantised.logits(name).isfinite().all()
 
 
 def test_contexts_share_rows_that_are_random_and_finite(bench: Bench) -> None:

@@ -44,13 +44,13 @@ def test_json(command: Any) -> None:
 
 
 def test_what_does_not_fit_is_status_1_and_its_changes_make_it_fit(command: Any) -> None:
-    asked = ("--model", "llama-2-7b", "--ctx", "128k", "--gpu-memory", "20GiB", *H100)
+    asked = ("--model", "llama-2-7b", "--ctx", "128k", "--gpu-memory", "20GiB", "--kv-dtype", "bf16", *H100)
     status, result = plan_json(command, *asked)
     assert status == 1 and result["fits"] is False
     assert result["gpu"]["total"] > result["gpu_limit"] == 20 << 30
     words = [word for flag in result["changes"] for word in flag.split()]
-    assert words
-    status, changed = plan_json(command, *asked, *words)
+    assert words == ["--kv-dtype", "int8"]
+    status, changed = plan_json(command, *asked[:-6], *words, *H100)
     assert status == 0 and changed["fits"] is True
     status, longest = plan_json(command, *asked, "--ctx", str(result["max_context"]))
     assert status == 0 and longest["max_context"] == result["max_context"]
@@ -81,6 +81,18 @@ def test_a_cpu_has_everything_on_the_host(command: Any, ids_model: str) -> None:
     assert result["device"] == "cpu"
 
 
+def test_a_dtype_that_is_left_open_is_the_widest_that_fits(command: Any) -> None:
+    asked = ("--model", "llama-2-7b", "--ctx", "128k", *H100)
+    seen = {}
+    for host in ("70GiB", "40GiB", "24GiB", "10GiB"):
+        status, result = plan_json(command, *asked, "--host-memory", host)
+        assert result["config"]["kv_dtype"] == result["kv_dtype"]
+        seen[host] = (status, result["kv_dtype"], result["host"]["kv"])
+    row = 131_072 * 32 * 32
+    assert seen["70GiB"] == (0, "bf16", row * 512) and seen["40GiB"] == (0, "int8", row * 272)
+    assert seen["24GiB"] == (0, "int4", row * 144) and seen["10GiB"] == (1, "int4", row * 144)
+
+
 def test_for_people(command: Any) -> None:
     fits = command("plan", "--model", "llama-2-7b", "--ctx", "4k", *H100)
     lines = fits.out.splitlines()
@@ -88,7 +100,7 @@ def test_for_people(command: Any) -> None:
     assert "4,096 tokens" in lines[0] and PUBLISHED["h100"].name in lines[0]
     assert lines[-1] == "fits"
     assert len(lines) < 25
-    short = command("plan", "--model", "llama-2-7b", "--ctx", "128k", "--gpu-memory", "20GiB", *H100)
+    short = command("plan", "--model", "llama-2-7b", "--ctx", "512k", "--gpu-memory", "20GiB", *H100)
     last = short.out.splitlines()[-1]
     assert short.status == 1 and last.startswith("does not fit: ") and "; add --" in last
     none = command("plan", "--model", "llama-2-70b", "--gpu", "l4")
@@ -144,8 +156,8 @@ def test_run_names_the_change(refused: Any, ids_model: str) -> None:
     """Where a smaller answer is enough, it says so."""
     prompt = " ".join(["7"] * 100)
     asked = ("--model", ids_model, "--device", "cpu", "--prompt", prompt, "--segment-tokens", "16")
-    asked += ("--max-new-tokens", "400", "--token-budget", "8")
-    line = refused("run", *asked, "--host-memory", "1900KiB").err
+    asked += ("--max-new-tokens", "400", "--token-budget", "8", "--kv-dtype", "int4")
+    line = refused("run", *asked, "--host-memory", "1650KiB").err
     assert "500 tokens need" in line and "--ctx" in line and line.rstrip().endswith("makes it fit")
 
 
@@ -159,7 +171,7 @@ def test_summarize_refuses_what_does_not_fit(refused: Any, plain_model: str, tmp
 
 
 def test_a_prompt_too_long_for_the_gpu_is_streamed(command: Any) -> None:
-    asked = ("plan", "--model", "llama-2-7b", "--ctx", "128k", "--hot-set", "2", *H100)
+    asked = ("plan", "--model", "llama-2-7b", "--ctx", "128k", "--hot-set", "2", "--kv-dtype", "bf16", *H100)
     whole, streamed = (json.loads(command(*asked, "--gpu-memory", gpu, "--json").out) for gpu in ("48GiB", "24GiB"))
     assert whole["assumptions"]["prefill_mode"] == "whole" and streamed["assumptions"]["prefill_mode"] == "streamed"
     assert streamed["gpu"]["prefill"] < whole["gpu"]["prefill"] / 2

@@ -80,6 +80,28 @@ def test_all_ways_to_the_same_selection_capture_the_same(subject_of: MakeSubject
         assert other["layers"]["output_error"] == pytest.approx(first["layers"]["output_error"], rel=1e-5)
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+def test_quantised_rows_are_compared_with_themselves(subject_of: MakeSubject, text: str, kv_dtype: str) -> None:
+    """Host and device capture the same, little else than without; attending to everything captures it all.
+
+    What is left then is the window, which is attended to as it is and compared with its quantised rows.
+    """
+    figures = {}
+    for name, changes in {
+        "plain": {},
+        "host": {"kv_dtype": kv_dtype},
+        "gpu": {"kv_dtype": kv_dtype, "kv_location": "gpu"},
+        "everything": {"kv_dtype": kv_dtype, "token_budget": "1/1"},
+    }.items():
+        subject = subject_of(**changes)
+        figures[name] = compared(subject, subject.encode(text)[:200]).figures()
+    for name in ("attention_mass", "output_error"):
+        assert figures["host"][name] == pytest.approx(figures["gpu"][name], rel=1e-5)
+    assert figures["host"]["attention_mass"] == pytest.approx(figures["plain"]["attention_mass"], rel=0.05)
+    assert figures["everything"]["attention_mass"] == pytest.approx(1, abs=1e-5)
+    assert 0 < figures["everything"]["output_error"] < {"int8": 1e-3, "int4": 2e-2}[kv_dtype]
+
+
 def test_a_predicted_selection_is_what_speculative_captures(subject_of: MakeSubject, text: str) -> None:
     off, speculative = subject_of(), subject_of(prefetch="speculative")
     ids = off.encode(text)[:200]

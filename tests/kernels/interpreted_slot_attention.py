@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_offload.kernels import slot_attention
+from ds_offload.kernels import slot_attention, slot_attention_launch
 from ds_offload.kernels.segment_table import SegmentTable
-from ds_offload.kernels.slot_attention import SlotAttentionLaunch, StoredRows, _launch, slot_attention_reference
+from ds_offload.kernels.slot_attention import _launch, slot_attention_reference
+from ds_offload.kernels.slot_attention_launch import SlotAttentionLaunch, StoredRows
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TOLERANCE = {F32: {"rtol": 1e-5, "atol": 1e-5}, F16: {"rtol": 2e-3, "atol": 2e-3}, BF16: {"rtol": 1.6e-2, "atol": 1e-2}}
@@ -58,8 +59,9 @@ def test_splits_without_a_slot_and_more_splits_than_are_combined_at_a_time(
     tensor_cores: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch = SlotAttentionLaunch(tensor_cores, 16 if tensor_cores else 1, split=16, tile=16, warps=4, stages=1)
-    monkeypatch.setattr(slot_attention, "slot_attention_launch", lambda *args: launch)
-    monkeypatch.setattr(slot_attention, "COMBINE_SPLITS", 2)
+    for module in (slot_attention, slot_attention_launch):
+        monkeypatch.setattr(module, "slot_attention_launch", lambda *args: launch)
+    monkeypatch.setattr(slot_attention_launch, "COMBINE_SPLITS", 2)
     query, rows, slots = case(1, 2, 16, 100, F32, F32)
     slots[0, 0, :48] = -1
     slots[1, 0, 20:] = -1

@@ -8,12 +8,8 @@ import pytest
 import torch
 
 from ds_offload.kernels.segment_table import SegmentTable
-from ds_offload.kernels.slot_attention import (
-    StoredRows,
-    slot_attention,
-    slot_attention_launch,
-    slot_attention_reference,
-)
+from ds_offload.kernels.slot_attention import slot_attention, slot_attention_reference
+from ds_offload.kernels.slot_attention_launch import StoredRows, slot_attention_launch
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # By the coarser dtype of query and rows, for results of order 1.

@@ -107,14 +107,14 @@ def test_window_rows_after_a_prompt_and_appended_tokens(length: int) -> None:
     window = AttentionWindow(2, 4)
     hot, rows = make(3, window)
     for number in range(2):
-        hot.fill_window(3, number, rows[number, :, :length])
+        hot.window.fill(3, number, rows[number, :, :length])
     for position in range(length, length + 9):
         at = torch.tensor([position, position])
         take(hot, at, rows[:, :, position])
         lengths = at + 1
         tokens = torch.cat((window.sink_tokens(lengths), window.recent_tokens(lengths)), -1)
         heads = tokens[:, None].expand(-1, HEADS, -1)
-        got = packed(hot, hot.window_places(heads))
+        got = packed(hot, hot.window.places(heads))
         expected = rows.gather(2, heads.clamp(min=0)[..., None, None].expand(-1, -1, -1, 2, DIM))
         assert torch.equal(got[heads >= 0], expected[heads >= 0])
         assert position in tokens[0].tolist()
@@ -124,7 +124,7 @@ def take(hot: HotSet, positions: torch.Tensor, rows: torch.Tensor) -> None:
     """Take in a token whose rows `[B, Hkv, 2, DIM]` RoPE leaves as they are."""
     projected = torch.cat((rows[:, :, 0], rows[:, :, 0], rows[:, :, 1]), 1).flatten(1)
     rope = torch.ones(2, DIM), torch.zeros(2, DIM)
-    new_token(projected, rope, positions, torch.empty_like(rows), window=hot.window_rows(3))
+    new_token(projected, rope, positions, torch.empty_like(rows), window=hot.window.rows(3))
 
 
 @pytest.mark.parametrize(
@@ -136,10 +136,10 @@ def test_a_window_filled_in_turns_is_that_of_a_whole_prompt(window: AttentionWin
     turns, _ = make(6, window)
     for hot in (whole, turns):
         hot.rows(3).zero_()
-    whole.fill_window(3, 1, rows[1])
+    whole.window.fill(3, 1, rows[1])
     start = 0
     for stop in [*stops, LENGTH]:
-        turns.fill_window(3, 1, rows[1, :, start:stop], start)
+        turns.window.fill(3, 1, rows[1, :, start:stop], start)
         start = stop
     assert torch.equal(turns.rows(3), whole.rows(3))
     assert not whole.rows(3)[0].any() and whole.rows(3)[1].any()

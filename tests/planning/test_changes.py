@@ -20,9 +20,8 @@ MODELS = ("llama-2-7b", "llama-3.1-8b", "mixtral-8x7b", "smollm2-135m")
 
 def request(model: str = "llama-3.1-8b", batch: int = 1, cuda: bool = True, **config: Any) -> Request:
     source = find_source(model, "auto", "auto", None)
-    return resolve_request(
-        source, OffloadConfig(**{"max_context": "128k", "hot_set": 2, "prefetch": "exact"} | config), batch, cuda
-    )
+    given = {"max_context": "128k", "hot_set": 2, "prefetch": "exact", "kv_dtype": "bf16"} | config
+    return resolve_request(source, OffloadConfig(**given), batch, cuda)
 
 
 def limits_of(asked: Request, gpu: float = 1, host: float = 1) -> MemoryLimits:
@@ -36,7 +35,7 @@ def applied(asked: Request, flags: list[str]) -> Request:
     """The request that a command line with `flags` added would make."""
     words = shlex.split(" ".join(flags))
     given = dict(zip(words[::2], words[1::2], strict=True))
-    names = {"--ctx": "max_context", "--hot-set": "hot_set", "--token-budget": "token_budget"}
+    names = {"--ctx": "max_context", "--hot-set": "hot_set", "--token-budget": "token_budget", "--kv-dtype": "kv_dtype"}
     batch = int(given.pop("--batch", asked.batch))
     config = build_config({names[flag]: text for flag, text in given.items()})
     fields = {names[flag]: getattr(config, names[flag]) for flag in given}
@@ -96,16 +95,34 @@ def test_changes_make_it_fit(seed: int) -> None:
         # A hot set of twice the budget is about a tenth of it all.
         (0.97, 1, 1, ["--hot-set 1.25"]),
         (0.955, 1, 1, ["--hot-set 1"]),
-        (0.93, 1, 1, ["--token-budget 1/64"]),
-        (0.9, 1, 1, ["--ctx 120k"]),
-        (1, 0.9, 1, ["--ctx 115k"]),
-        (1, 0.3, 4, ["--batch 1"]),
+        (0.93, 1, 1, ["--kv-dtype int8"]),
+        (1, 0.9, 1, ["--kv-dtype int8"]),
+        (1, 0.5, 1, ["--kv-dtype int4"]),
+        (1, 0.26, 4, ["--batch 1"]),
         (0.25, 1, 1, None),
     ],
 )
 def test_the_order_of_preference(gpu: float, host: float, batch: int, expected: list[str] | None) -> None:
     asked = request(batch=batch)
     assert find_changes(asked, limits_of(asked, gpu, host)) == expected
+
+
+def test_a_dtype_that_is_left_open_has_as_many_bits_as_fit() -> None:
+    asked = request(kv_dtype="auto", hot_set=None)
+    limits = {name: limits_of(request(kv_dtype=name, hot_set=1)) for name in ("bf16", "int8", "int4")}
+    for name, room in limits.items():
+        settled = settle(asked, room).config
+        assert (settled.kv_dtype, fits(asked, room)) == (name, True)
+        # A larger hot set comes after more bits.
+        assert settled.hot_set == 1
+    short = dataclasses.replace(limits["int4"], host=limits["int4"].host - 1)
+    assert settle(asked, short).config.kv_dtype == "int4" and not fits(asked, short)
+    flags = find_changes(asked, short)
+    assert flags is not None and flags[0].startswith("--ctx"), "fewer bits were tried already"
+    # Room on the host does not help where the device has none.
+    scarce = dataclasses.replace(limits["int8"], host=limits["bf16"].host)
+    assert settle(asked, scarce).config.kv_dtype == "int8"
+    assert find_changes(request(kv_dtype="int8", hot_set=1), limits["int4"]) == ["--kv-dtype int4"]
 
 
 def test_changes_are_combined_where_none_alone_is_enough() -> None:
@@ -119,7 +136,7 @@ def test_changes_are_combined_where_none_alone_is_enough() -> None:
 
 def test_prompts_that_are_there_stay() -> None:
     """A run may have a smaller answer, never a shorter prompt or fewer sequences."""
-    whole = request()
+    whole = request(kv_dtype="int4")
     run = dataclasses.replace(whole, prompts=(100_000,), most=(101_000,))
     flags = find_changes(run, limits_of(run, host=0.9999))
     assert flags == ["--ctx 98k"]

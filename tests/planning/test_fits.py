@@ -48,6 +48,10 @@ CASES = {
     "store on the device": Case("mistral", 2, [400], config={"kv_location": "gpu", "token_budget": "1/2"}),
     "every token": Case("llama", 2, [500], config={"token_budget": "1/1", "recent_tokens": 5, "sink_tokens": 0}),
     "long answers of short prompts": Case("llama", 1, [3] * 6, new=160, config={"token_budget": "1/2"}),
+    "int8": Case("llama", 2, [1300, 70], config={"kv_dtype": "int8"}),
+    "int4, store on the device": Case("llama", 4, [700], config={"kv_dtype": "int4", "kv_location": "gpu"}),
+    "int4, every token": Case("llama", 1, [300, 90], config={"kv_dtype": "int4", "token_budget": "1/1"}),
+    "int8, dense layer": Case("mistral", 2, [500], config={"kv_dtype": "int8", "dense_layers": (1,), "hot_set": 0}),
     "wide MLP, off": Case(
         "llama", 2, [700], config={"prefetch": "off", "label_bits": 4}, sizes={"intermediate_size": 1024}
     ),
@@ -55,7 +59,9 @@ CASES = {
 
 
 def prepare(folder: Path, case: Case, **limits: int) -> PreparedModel:
-    config = OffloadConfig(**{"max_context": 4096, "hot_set": 2, "prefetch": "exact"} | case.config | limits)
+    config = OffloadConfig(
+        **{"max_context": 4096, "hot_set": 2, "prefetch": "exact", "kv_dtype": "fp32"} | case.config | limits
+    )
     return PreparedModel.find(str(folder), config, "auto", "cpu", "auto", None)
 
 
@@ -124,6 +130,8 @@ def test_what_a_generator_refuses_it_refuses_again_once_the_weights_are_there(tm
 GPU_CASES = {
     "long prompt": Case("llama", 8, [100_000]),
     "groups, two prompts, bf16 rows": Case("llama", 2, [60_000, 30_000], config={"kv_dtype": "fp16"}),
+    "int8, groups": Case("llama", 2, [60_000], config={"kv_dtype": "int8"}),
+    "int4, store on the device": Case("llama", 8, [50_000], config={"kv_dtype": "int4", "kv_location": "gpu"}),
     "top-p, groups": Case("llama", 2, [70_000], config={"token_budget": "top-p:0.9", "prefetch": "speculative"}),
     "store on the device, dense layer": Case("llama", 8, [50_000], config={"kv_location": "gpu", "dense_layers": (2,)}),
 }
@@ -202,7 +210,16 @@ def test_the_check_before_a_load_counts_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["one prompt", "head norms, bf16 rows", "dense layer", "experts", "store on the device"]
+    "name",
+    [
+        "one prompt",
+        "head norms, bf16 rows",
+        "dense layer",
+        "experts",
+        "store on the device",
+        "int8",
+        "int8, dense layer",
+    ],
 )
 def test_a_streamed_prefill_takes_no_more_than_planned(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

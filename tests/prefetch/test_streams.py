@@ -39,9 +39,10 @@ def logits(
     faults: Faults | None = None,
     budget: int | str = 24,
     capture: bool = True,
+    kv_dtype: str = "auto",
 ) -> torch.Tensor:
     # No recent window: the token of one step may be selected, from the host, in the next.
-    changes: dict[str, Any] = {"prefetch": prefetch, "kv_location": location}
+    changes: dict[str, Any] = {"prefetch": prefetch, "kv_location": location, "kv_dtype": kv_dtype}
     config = OffloadConfig(
         max_context=1024, token_budget=budget, sink_tokens=1, recent_tokens=0, hot_set=1, segment_tokens=64, **changes
     )
@@ -68,6 +69,18 @@ def test_a_slow_producer_changes_nothing(folder: Path, prefetch: str, location: 
     for producer in PRODUCERS:
         slow = logits(folder, prefetch, location, Faults(delay={producer: SLOW}), capture=capture)
         assert torch.equal(slow, expected), producer
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+def test_quantised_rows_wait_for_their_producers(folder: Path, kv_dtype: str, capture: bool) -> None:
+    changes = {"capture": capture, "kv_dtype": kv_dtype}
+    expected = logits(folder, "exact", "host", **changes)
+    for location in ("host", "gpu"):
+        for producer in PRODUCERS:
+            slow = logits(folder, "exact", location, Faults(delay={producer: SLOW}), **changes)
+            assert torch.equal(slow, expected), (location, producer)
 
 
 @pytest.mark.gpu
