@@ -41,6 +41,8 @@ bench batch-1 decode --model llama-3.1-8b --ctx 32k "${short[@]}" --variants our
 bench gpu-sparse decode --model llama-2-7b --ctx 16k --batch 4 --kv-location gpu --warm-ups 4 --steps 16 --variants ours
 bench gpu-dense decode --model llama-2-7b --ctx 16k --batch 4 --kv-location gpu --warm-ups 4 --steps 16 --variants ours \
   --token-budget 1/1
+bench int4-7b-256k decode --model llama-2-7b --ctx 256k --kv-dtype int4 --hot-set 2 --warm-ups 40 --steps 16 \
+  --variants ours,compute-only
 bench attention attention --batch 1,8,32 --ctx 4k,8k,16k,64k --samples 10
 bench select select --samples 10
 bench gather gather --samples 10
