@@ -149,7 +149,7 @@ def test_a_copy_has_the_same_slots_and_forgets_them_alone() -> None:
     hot, rows = make(12, AttentionWindow(2, 3), sequences=1)
     copied, _ = make(12, AttentionWindow(2, 3), sequences=1)
     tokens = torch.tensor([[[5, 9, 20], [6, 7, 80]]])
-    hot.fill_window(3, 0, rows[0])
+    hot.window.fill(3, 0, rows[0])
     hot.begin_step()
     hot.admit(3, tokens)
     copied.copy_from(hot)
@@ -159,7 +159,7 @@ def test_a_copy_has_the_same_slots_and_forgets_them_alone() -> None:
         counts = torch.zeros(1, HEADS, 4, dtype=torch.int64)
         assert torch.equal(packed(held, held.admit(3, tokens, counts=counts))[0, 1], rows[0, 1, tokens[0, 1]])
         moved.append(int(counts[..., 0].sum()))
-        window = held.window_places(torch.tensor([[0, 1, 86, 87, 88, 89]])).expand(HEADS, -1)[None]
+        window = held.window.places(torch.tensor([[0, 1, 86, 87, 88, 89]])).expand(HEADS, -1)[None]
         assert torch.equal(packed(held, window)[0, 0], rows[0, 0, [0, 1, 86, 87, 88, 89]])
     assert moved == [0, 0]
     copied.forget()
