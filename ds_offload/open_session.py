@@ -40,9 +40,8 @@ def check_session_config(config: OffloadConfig) -> None:
 
 
 def _plan(generator: OffloadedGenerator, tokens: int, room: int) -> MemoryPlan:
-    check_session_config(generator.config)
     plan = generator.plan_call([tokens], [room], continued=True)
-    # "auto" may have chosen it.
+    # "auto" may have chosen 8 or 4 bits.
     check_session_config(generator.config)
     return plan
 
@@ -55,6 +54,7 @@ def read_document(
     checkpoint: str | Path | None = None,
 ) -> Session:
     """A session over a document; see `OffloadedGenerator.prefill`."""
+    check_session_config(generator.config)
     loaded, prompt = generator.loaded, None
     if isinstance(document, str):
         prompt, ids = DocumentPrompt.read(document, loaded.tokenizer)
