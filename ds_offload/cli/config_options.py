@@ -30,7 +30,7 @@ _FIELDS = {
         "exact fetches ahead what ranked next; speculative selects by a prediction.",
         "",
     ),
-    "hot_set": ("MULTIPLE", "Rows kept on the GPU, as a multiple of the budget; 0 keeps none.", "4, 2 or 1, what fits"),
+    "hot_set": ("MULTIPLE", "Rows kept on the GPU, as a multiple of the budget; 0 keeps none.", "at most 4, what fits"),
     "gpu_memory": ("BYTES", "GPU memory to stay under, such as 24GiB.", "what is free"),
     "host_memory": ("BYTES", "Host memory to stay under.", "what is free"),
     "calibration": ("FILE", "File made by `ds-offload calibrate`.", "found or made"),
