@@ -34,7 +34,7 @@ def settle(request: Request, limits: MemoryLimits) -> Request:
 
     The dtype is the first of the model's own, int8 and int4 with which it fits at all, else
     the last. The hot set is the largest of `HOT_SETS` that fits, else the least; a larger one
-    is no reason to stream the prefill.
+    is no reason to stream the prefill, where it need not be.
     """
     if request.config.kv_dtype == "auto":
         stored = _stored_as(request)
@@ -42,7 +42,11 @@ def settle(request: Request, limits: MemoryLimits) -> Request:
     if request.config.hot_set is not None:
         return request
     choices = [request.of(hot_set=multiple) for multiple in HOT_SETS]
-    return next((choice for choice in choices if _device_holds(choice, limits)), choices[-1])
+    for streamed in (False, True):
+        for choice in choices:
+            if _device_holds(choice, limits, streamed):
+                return choice
+    return choices[-1]
 
 
 def _stored_as(request: Request) -> list[Request]:
@@ -50,9 +54,9 @@ def _stored_as(request: Request) -> list[Request]:
     return [request.of(kv_dtype=name) for name in (dtype_name(request.source.dtype), *QUANTISED_BITS)]
 
 
-def _device_holds(request: Request, limits: MemoryLimits) -> bool:
+def _device_holds(request: Request, limits: MemoryLimits, streamed: bool) -> bool:
     """Whether what grows with the hot set fits: a store too large for the host is none of its business."""
-    short = limits.shortage(request.plan())
+    short = limits.shortage(request.plan(limits.gpu if streamed else None))
     return short is None or (limits.gpu is not None and short.place == "host")
 
 

@@ -56,7 +56,13 @@ def test_a_hot_set_that_is_left_open_is_the_largest_that_fits() -> None:
         # What fits with any hot set fits.
         assert fits(asked, limits_of(chosen)) and longest_context(asked, limits_of(chosen)) >= asked.context
     least = limits_of(asked.of(hot_set=1))
-    assert settle(asked, dataclasses.replace(least, gpu=least.gpu - 1)).config.hot_set == 1
+    # Where the prompt must be streamed with the least one, too, it is the largest that fits so.
+    streamed = dataclasses.replace(least, gpu=least.gpu - 1)
+    larger = [asked.of(hot_set=multiple) for multiple in HOT_SETS]
+    expected = next(choice for choice in larger if choice.plan(streamed.gpu).gpu_total <= streamed.gpu)
+    assert settle(asked, streamed).config.hot_set == expected.config.hot_set > 1
+    nothing = settle(asked, dataclasses.replace(least, gpu=1))
+    assert nothing.config.hot_set == 1, "the least, where none fits"
     scarce = dataclasses.replace(limits_of(asked.of(hot_set=2)), host=1)
     assert settle(asked, scarce).config.hot_set == 2, "the host's memory does not grow with it"
     given = request(hot_set=1.25)
