@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,10 @@ LAYER_OVERHEAD_S = 80e-6
 LONG_SELECTION_S = 65e-6
 # Label scores of grouped heads read the labels twice, and take as long as so many readings (at 512K, the same page).
 GROUPED_READINGS = 4
-# Rows far apart in host memory, the few that a hot set lacks, are bound by address translation (H100, PCIe 5 x16).
-FAR_ROWS_PER_S = 30e6
+# Rows far apart in host memory, the few that a hot set lacks, are bound by address translation: rows a second by how
+# many of a KV head are missing, as whole decode steps of 1,024 KV heads showed it (H100, PCIe 5 x16;
+# docs/benchmarks.md). Straight lines between, in logarithms.
+FAR_ROWS = ((121, 29e6), (1000, 60e6), (8100, 95e6))
 # Share of the device's dense bf16 rate that prefill is taken to reach.
 PREFILL_SHARE = 0.6
 
@@ -78,7 +81,8 @@ def estimate(request: Request, rates: Rates | None) -> Estimate:
     # Per row that no earlier step left on the device.
     in_line, ahead = (IN_LINE, AHEAD) if shape.look_ahead else (0.0, 1.0) if shape.predicted else (1.0, 0.0)
     offloaded = shape.layers - shape.dense_layers
-    missing = offloaded * shape.kv_heads * shape.most_kept * (1 - hits) * shape.row_bytes
+    missing_rows = shape.most_kept * (1 - hits)
+    missing = offloaded * shape.kv_heads * missing_rows * shape.row_bytes
     moved = round(missing * (in_line + ahead))
     assumptions: dict[str, Any] = {
         "hot_set_hit_rate": None if on_device else round(hits, 3),
@@ -93,7 +97,7 @@ def estimate(request: Request, rates: Rates | None) -> Estimate:
         "memory_gb_per_s": rates.memory_gb_per_s,
         "bandwidths_from": rates.bandwidths_from,
         "layer_overhead_us": round(_layer_overhead(shape) * 1e6),
-        "far_rows_per_s": FAR_ROWS_PER_S,
+        "far_rows_per_s": round(far_rows_per_s(missing_rows)),
         "bf16_tflops": rates.bf16_tflops,
         "tflops_from": rates.tflops_from,
         "prefill_share_of_tflops": PREFILL_SHARE,
@@ -102,7 +106,7 @@ def estimate(request: Request, rates: Rates | None) -> Estimate:
     # Seconds that a byte takes to the device, of all sequences: without a hot set rows are many and lie close.
     link = request.batch / (rates.link_gb_per_s * 1e9)
     if hits > 0:
-        link = max(link, request.batch / (FAR_ROWS_PER_S * shape.row_bytes))
+        link = max(link, request.batch / (far_rows_per_s(missing_rows) * shape.row_bytes))
     step = read / (rates.memory_gb_per_s * 1e9) + link * missing * in_line + shape.layers * _layer_overhead(shape)
     step = max(step, link * moved)
     prefill = None
@@ -127,6 +131,16 @@ def hit_rate(hot_set: float, shape: CacheShape) -> float:
         if hot_set <= high:
             return below + (above - below) * (hot_set - low) / (high - low)
     return HIT_RATES[-1][1]
+
+
+def far_rows_per_s(missing: float) -> float:
+    """Rows a second that arrive of those that a hot set lacks, `missing` of every KV head."""
+    if missing <= FAR_ROWS[0][0]:
+        return FAR_ROWS[0][1]
+    for (low, below), (high, above) in itertools.pairwise(FAR_ROWS):
+        if missing <= high:
+            return float(below * (above / below) ** (math.log(missing / low) / math.log(high / low)))
+    return FAR_ROWS[-1][1]
 
 
 def prefill_flops(source: ModelSource, tokens: int) -> float:

@@ -9,13 +9,13 @@ import pytest
 from ds_offload.config import OffloadConfig
 from ds_offload.planning.estimate import (
     AHEAD,
-    FAR_ROWS_PER_S,
     GROUPED_READINGS,
     IN_LINE,
     LAYER_OVERHEAD_S,
     LONG_SELECTION_S,
     Rates,
     estimate,
+    far_rows_per_s,
     hit_rate,
     prefill_flops,
 )
@@ -50,15 +50,21 @@ def test_a_step_of_llama_2_7b(mode: str) -> None:
     assert got.h2d_bytes_per_token == pytest.approx(missing * (in_line + ahead), abs=1)
     parameters = asked.source.shape.parameters - 32000 * 4096
     read = 2 * parameters + 32 * 32 * (T // 16) * 512 + 32 * 32 * T * 16
-    # Few rows of 512 bytes lie far apart: 30 million a second are 15 GB/s.
-    waiting = missing * in_line / 512 / FAR_ROWS_PER_S
+    # Few rows of 512 bytes lie far apart, and come at less than the 50 GB/s of the link.
+    far = far_rows_per_s((1 - got.assumptions["hot_set_hit_rate"]) * (T // 16 - 69))
+    waiting = missing * in_line / 512 / far
     seconds = read / 3e12 + waiting + 32 * (LAYER_OVERHEAD_S + LONG_SELECTION_S)
-    seconds = max(seconds, missing * (in_line + ahead) / 512 / FAR_ROWS_PER_S)
+    seconds = max(seconds, missing * (in_line + ahead) / 512 / far)
     assert got.decode_ms_per_token == pytest.approx(1000 * seconds)
     work = 2 * (parameters - 32000 * 4096) * T + 2 * T**2 * 4096 * 32
     assert prefill_flops(asked.source, T) == work
     assert got.prefill_s == pytest.approx(work / (0.6 * 900e12))
     assert got.assumptions["rows_ahead_per_miss"] == pytest.approx(ahead, abs=1e-3)
+
+
+@pytest.mark.parametrize(("missing", "expected"), [(0, 29e6), (121, 29e6), (1000, 60e6), (348, 41.7e6), (9000, 95e6)])
+def test_fewer_far_rows_arrive_more_slowly(missing: float, expected: float) -> None:
+    assert far_rows_per_s(missing) == pytest.approx(expected, rel=1e-2)
 
 
 def test_a_slow_link_is_what_a_step_waits_for() -> None:
