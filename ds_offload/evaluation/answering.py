@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ds_offload.errors import InputError
+from ds_offload.evaluation.read_once import answer_twice
 from ds_offload.evaluation.result import EvalResult, counted, mean
 from ds_offload.evaluation.subject import EvalSubject, announce_window, is_sparse
-from ds_offload.generator import OffloadedGenerator
+from ds_offload.generation import GenerationOutput
 from ds_offload.notices import notice
 from ds_offload.prefill import ProgressCallback
 
@@ -63,11 +64,11 @@ def answer_all(
     sparse: list[dict[str, Any]] = []
     densities = []
     for question in counted(asked, len(asked), "questions"):
-        for generator, rows in ((subject.dense, dense), (subject.sparse, sparse)):
-            row, density = _answer(generator, question, on_progress)
-            rows.append(row)
-        if density is not None:
-            densities.append(density)
+        outputs = answer_twice(subject, question.ids, question.max_new_tokens, on_progress)
+        for rows, out in zip((dense, sparse), outputs, strict=True):
+            rows.append(_row(question, out))
+        if outputs[1].stats["mean_density"] is not None:
+            densities.append(outputs[1].stats["mean_density"])
     density = mean(densities) if densities else None
     if density is None:
         notice("every answer ended with its first token, which the dense prompt gives: nothing sparse was measured")
@@ -76,11 +77,9 @@ def answer_all(
     return EvalResult(task, model, subject.config, "score", _figures(dense), _figures(sparse), density, options)
 
 
-def _answer(
-    generator: OffloadedGenerator, question: Question, on_progress: ProgressCallback | None
-) -> tuple[dict[str, Any], float | None]:
-    out = generator.generate(question.ids, max_new_tokens=question.max_new_tokens, on_progress=on_progress)
-    row = {
+def _row(question: Question, out: GenerationOutput) -> dict[str, Any]:
+    """An answer and its score."""
+    return {
         "group": question.group,
         "prompt_tokens": len(question.ids),
         "new_tokens": len(out.token_ids),
@@ -88,7 +87,6 @@ def _answer(
         "answer": out.text,
         "score": question.score(out.text),
     }
-    return row, out.stats["mean_density"]
 
 
 def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:

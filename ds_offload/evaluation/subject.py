@@ -139,11 +139,6 @@ class EvalSubject:
         return OffloadedGenerator(self.prepared.load(), self.config)
 
     @cached_property
-    def dense(self) -> OffloadedGenerator:
-        """A generator of the same weights with `dense_twin`."""
-        return OffloadedGenerator(self.sparse.loaded, dense_twin(self.config))
-
-    @cached_property
     def calibration(self) -> Calibration:
         """Which channels the labels keep: found, or made now."""
         return find_or_make_calibration(self.sparse.loaded, self.sparse.decoder, self.config.calibration)
@@ -163,9 +158,8 @@ class EvalSubject:
 
     def close(self) -> None:
         """Let go of the weights."""
-        for name in ("dense", "sparse"):
-            if name in self.__dict__:
-                self.__dict__.pop(name).close()
+        if "sparse" in self.__dict__:
+            self.__dict__.pop("sparse").close()
 
     def __enter__(self) -> EvalSubject:
         return self
