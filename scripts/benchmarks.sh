@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Runs the benchmarks of docs/benchmarks.md on a machine with an NVIDIA GPU, 125 GiB of RAM and 80 GB of GPU memory.
-#   scripts/benchmarks.sh FOLDER [NAME...]
-# Each benchmark leaves FOLDER/NAME.json; without names all run. The tables are printed as they come.
-# TEXT=FILE and SMOLLM2=PATH add the default model's own weights over a text of 8,000 tokens.
+#   scripts/benchmarks.sh FOLDER [PART|NAME...]
+# The parts are headline, long, contexts, batches, quantised, attention, kernels, prefill, transformers, text, sessions
+# and sanitizer; without any all run. Each benchmark leaves FOLDER/NAME.json; the tables are printed as they come.
+# TEXT=FILE is what the default model reads (default: these docs), SMOLLM2=PATH another copy of it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
@@ -12,43 +13,107 @@ shift
 mkdir -p "$folder"
 wanted=" $* "
 
+is_wanted() {
+  [[ $wanted == "  " || $wanted == *" $part "* || $wanted == *" $1 "* ]]
+}
+
+# measure NAME COMMAND...: its output is NAME.json.
+measure() {
+  local name=$1
+  shift
+  if "$@" >"$folder/$name.json" 2>"$folder/$name.log"; then
+    return
+  fi
+  echo "failed: $(grep -E '^ds-offload: (error|failed)' "$folder/$name.log" || tail -n 1 "$folder/$name.log")"
+  return 1
+}
+
 bench() {
   local name=$1
   shift
-  if [[ $wanted != "  " && $wanted != *" $name "* ]]; then
-    return
-  fi
+  is_wanted "$name" || return 0
   echo "==> $name: ds-offload bench $*"
-  if "$python" -m ds_offload bench "$@" --json >"$folder/$name.json" 2>"$folder/$name.log"; then
+  if measure "$name" "$python" -m ds_offload bench "$@" --json; then
     "$python" scripts/benchmarks.py "$folder/$name.json"
-  else
-    echo "failed: $(grep -E '^ds-offload: (error|failed)' "$folder/$name.log" || tail -n 1 "$folder/$name.log")"
   fi
 }
 
 long=(--warm-ups 60 --steps 20 --hot-set 4)
 short=(--warm-ups 40 --steps 16 --hot-set 4)
+
+part=headline
 bench decode-7b-128k decode --model llama-2-7b --ctx 131000 "${long[@]}" \
   --variants ours,prefetch-exact,compute-only,no-hot-set,paper,unsorted,prefetch-speculative,no-graph
+
+part=long
 bench decode-8b-512k decode --model llama-3.1-8b --ctx 524000 --token-budget 2048 "${long[@]}" \
   --variants ours,prefetch-exact,compute-only
+
+part=contexts
 for tokens in 16k 32k 64k 128k 256k; do
   bench "context-8b-$tokens" decode --model llama-3.1-8b --ctx "$tokens" --token-budget 2048 "${short[@]}" \
     --variants compute-only
 done
+
+part=batches
 bench batch-8 decode --model llama-3.1-8b --ctx 32k --batch 8 "${short[@]}" --variants ours
 bench batch-1 decode --model llama-3.1-8b --ctx 32k "${short[@]}" --variants ours
-bench gpu-sparse decode --model llama-2-7b --ctx 16k --batch 4 --kv-location gpu --warm-ups 4 --steps 16 --variants ours
-bench gpu-dense decode --model llama-2-7b --ctx 16k --batch 4 --kv-location gpu --warm-ups 4 --steps 16 --variants ours \
-  --token-budget 1/1
+resident=(--model llama-2-7b --ctx 16k --batch 4 --kv-location gpu --warm-ups 4 --steps 16 --variants ours)
+bench gpu-sparse decode "${resident[@]}"
+bench gpu-dense decode "${resident[@]}" --token-budget 1/1
+
+part=quantised
 bench int4-7b-256k decode --model llama-2-7b --ctx 256k --kv-dtype int4 --hot-set 2 --warm-ups 40 --steps 16 \
   --variants ours,compute-only
-bench attention attention --batch 1,8,32 --ctx 4k,8k,16k,64k --samples 10
+
+part=attention
+bench attention-short attention --batch 1,8,32 --ctx 4k,8k --samples 10
+bench attention-long attention --batch 1,8,32 --ctx 16k,64k --samples 10
+
+part=kernels
 bench select select --samples 10
+bench select-128k select --ctx 128k --samples 10
+bench select-512k select --rows 8 --ctx 512k --token-budget 2048 --samples 10
 bench gather gather --samples 10
-bench prefill prefill --model llama-2-7b --ctx 64k --repeats 1
+
+part=prefill
+bench prefill-64k prefill --model llama-2-7b --ctx 64k --repeats 1
+
+part=transformers
 bench transformers decode --model llama-2-7b --ctx 16k "${short[@]}" --variants ours --with-transformers
-if [[ -n ${TEXT:-} ]]; then
-  bench text decode --model "${SMOLLM2:-smollm2-135m}" --ctx 8000 --text "$TEXT" --warm-ups 60 --steps 60 \
-    --variants ours,prefetch-exact,compute-only,paper
+bench transformers-prefill prefill --model llama-2-7b --ctx 16k --repeats 1 --with-transformers
+
+part=text
+text=${TEXT:-$folder/text.txt}
+if [[ -z ${TEXT:-} ]]; then
+  cat README.md docs/*.md >"$text"
+fi
+bench text-8k decode --model "${SMOLLM2:-smollm2-135m}" --ctx 8000 --text "$text" --warm-ups 60 --steps 60 \
+  --variants ours,prefetch-exact,compute-only,paper
+
+part=sessions
+if is_wanted sessions-16k; then
+  echo "==> sessions-16k: scripts/bench_sessions.py"
+  if measure sessions-16k "$python" scripts/bench_sessions.py --model llama-2-7b --load-format dummy --ctx 16k \
+    --folder "$folder"; then
+    cat "$folder/sessions-16k.json"
+  fi
+fi
+
+# Every kernel of a step, whose reads and writes are checked one by one: many minutes at a large size.
+part=sanitizer
+if is_wanted memcheck; then
+  sanitizer=$(PATH="$PATH:/usr/local/cuda/bin" command -v compute-sanitizer || true)
+  if [[ -z $sanitizer ]]; then
+    echo "==> memcheck: left out, compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin"
+  else
+    echo "==> memcheck: ds-offload bench decode under compute-sanitizer"
+    if measure memcheck "$sanitizer" --tool memcheck --error-exitcode 1 --log-file "$folder/memcheck.txt" \
+      "$python" -m ds_offload bench decode --model smollm2-135m --ctx 18k --batch 2 --warm-ups 3 --steps 1 \
+      --variants ours,prefetch-exact --json; then
+      echo "no errors: $(tail -n 1 "$folder/memcheck.txt")"
+    else
+      tail -n 3 "$folder/memcheck.txt"
+    fi
+  fi
 fi

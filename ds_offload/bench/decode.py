@@ -103,7 +103,8 @@ def bench_decode(
     variants = choose_variants(sizes.variants, config, device.type == "cuda")
     source = find_model(sizes.model, load_format="dummy" if sizes.text is None else "auto", dtype=sizes.dtype)
     check_supported(source.config, 1)
-    config = dataclasses.replace(config, max_context=sizes.capacity).resolve(
+    # No monitor runs between these steps: no memory is planned for it.
+    config = dataclasses.replace(config, max_context=sizes.capacity, monitor="off").resolve(
         head_dim=source.shape.head_dim,
         layers=source.shape.layers,
         trained_context=source.shape.trained_context,

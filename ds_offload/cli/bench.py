@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ds_offload.cli.bench_output import Output, count_samples, kernel_options, output_options, report_rows
 from ds_offload.cli.config_options import config_options
-from ds_offload.cli.option_groups import add_options, option
+from ds_offload.cli.option_groups import add_options
 from ds_offload.config import OffloadConfig, TokenBudget
 
 if TYPE_CHECKING:
-    import torch
-
     from ds_offload.bench.report import BenchRow
 
 DECODE_DEFAULTS = {
@@ -25,9 +21,6 @@ DECODE_DEFAULTS = {
     "cpu": ("smollm2-135m", 1 << 10, 4, 3),
 }
 PREFILL_TOKENS = {"cuda": 1 << 15, "cpu": 512}
-SAMPLES = {"cuda": 30, "cpu": 7}
-# Of the table where there is no terminal: nothing is cut.
-TABLE_WIDTH = 300
 
 app = typer.Typer(help="Time decode steps or kernels next to what the link or the memory allows.")
 
@@ -37,69 +30,6 @@ def _root(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """Where a benchmark runs and what becomes of its rows."""
-
-    device: str = "auto"
-    json: bool = False
-    plot: str | None = None
-    samples: str | None = None
-
-
-def _of_run(name: str, help: str, metavar: str, default: str) -> Any:
-    return option(str, name, help=help, panel="Run and output", metavar=metavar, default=default)
-
-
-_OUTPUT = {
-    "device": _of_run("--device", "Where it runs.", "auto|cuda|cpu", "auto"),
-    "plot": _of_run("--plot", "Picture of the rows; needs matplotlib.", "FILE.png", "none"),
-    "json": Annotated[
-        bool | None, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel="Run and output")
-    ],
-}
-_SAMPLES = _of_run("--samples", "Samples of each time.", "N", "30 on a GPU, 7 on a CPU")
-
-
-def output_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds --device, --json and --plot; the command gets them as `output: Output`, the picture's file checked."""
-    return add_options(command, "output", _OUTPUT, _build_output)
-
-
-def kernel_options(**sizes: tuple[str, str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Adds the same, --samples and sizes; the command gets the sizes that were given as `sizes: dict[str, str]`.
-
-    Args:
-        **sizes: Metavar, help and default of each, under the option's name.
-    """
-    options = {
-        name: option(
-            str,
-            "--" + name.replace("_", "-"),
-            help=help,
-            panel="Sizes",
-            metavar=metavar,
-            default=default,
-        )
-        for name, (metavar, help, default) in sizes.items()
-    }
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        with_output = add_options(command, "output", _OUTPUT | {"samples": _SAMPLES}, _build_output)
-        return add_options(with_output, "sizes", options)
-
-    return decorate
-
-
-def _build_output(values: dict[str, Any]) -> Output:
-    output = Output(**values)
-    if output.plot is not None:
-        from ds_offload.bench.report import check_plot
-
-        check_plot(output.plot)
-    return output
 
 
 _BUDGET = ("BUDGET", "Share or number of the tokens that is selected.", "1/16")
@@ -175,7 +105,7 @@ def decode(
         rows, notes, resolved = bench_decode(device, sizes, config)
         return rows, notes, dataclasses.asdict(sizes) | {"config": resolved.to_dict()}
 
-    _report("decode", device, output, work)
+    report_rows("decode", device, output, work)
 
 
 @output_options
@@ -213,7 +143,7 @@ def prefill(
         rows, notes, resolved = bench_prefill(device, sizes, config)
         return rows, notes, dataclasses.asdict(sizes) | {"config": resolved.to_dict()}
 
-    _report("prefill", device, output, work)
+    report_rows("prefill", device, output, work)
 
 
 @kernel_options(
@@ -231,8 +161,8 @@ def gather(output: Output, sizes: dict[str, str]) -> None:
     device = resolve_device(output.device)
     fields = {"ctx": "tokens", "batch": "sequences", "kv_heads": "kv_heads", "row_bytes": "row_bytes"}
     asked = _with_sizes(GatherSizes.default(device), sizes, fields)
-    samples = _samples(output, device)
-    _report("gather", device, output, lambda: (bench_gather(device, asked, samples), [], _plain(asked, samples)))
+    samples = count_samples(output, device)
+    report_rows("gather", device, output, lambda: (bench_gather(device, asked, samples), [], _plain(asked, samples)))
 
 
 @kernel_options(
@@ -253,8 +183,8 @@ def select(output: Output, sizes: dict[str, str]) -> None:
         lengths = parse_sizes(sizes["ctx"], "ctx") if "ctx" in sizes else [length for _, length in asked.shapes]
         asked = dataclasses.replace(asked, shapes=tuple((rows, length) for length in lengths))
     asked = _with_sizes(asked, sizes, {})
-    samples = _samples(output, device)
-    _report("select", device, output, lambda: (bench_select(device, asked, samples), [], _plain(asked, samples)))
+    samples = count_samples(output, device)
+    report_rows("select", device, output, lambda: (bench_select(device, asked, samples), [], _plain(asked, samples)))
 
 
 @kernel_options(
@@ -273,16 +203,13 @@ def attention(output: Output, sizes: dict[str, str]) -> None:
     device = resolve_device(output.device)
     fields = {"batch": "batches", "ctx": "contexts"} | {name: name for name in ("heads", "kv_heads", "head_dim")}
     asked = _with_sizes(AttentionSizes.default(device), sizes, fields)
-    samples = _samples(output, device)
-    _report("attention", device, output, lambda: (*bench_attention(device, asked, samples), _plain(asked, samples)))
+    samples = count_samples(output, device)
+    report_rows("attention", device, output, lambda: (*bench_attention(device, asked, samples), _plain(asked, samples)))
 
 
 for _command in (decode, prefill, attention, gather, select):
     _debug = Annotated[bool | None, typer.Option("--debug", help="Show the traceback when something goes wrong.")]
     app.command(name=_command.__name__)(add_options(_command, None, {"debug": _debug}))
-
-
-Work = Callable[[], tuple["list[BenchRow]", list[str], dict[str, Any]]]
 
 
 def _with_sizes(defaults: Any, given: dict[str, str], fields: dict[str, str]) -> Any:
@@ -299,38 +226,8 @@ def _with_sizes(defaults: Any, given: dict[str, str], fields: dict[str, str]) ->
     return dataclasses.replace(defaults, **changes)
 
 
-def _samples(output: Output, device: torch.device) -> int:
-    from ds_offload.bench.sizes import parse_count
-
-    return SAMPLES[device.type] if output.samples is None else parse_count(output.samples, "samples")
-
-
 def _plain(sizes: Any, samples: int) -> dict[str, Any]:
     """Sizes as values for JSON."""
     values = {field.name: getattr(sizes, field.name) for field in dataclasses.fields(sizes)}
     plain = {name: value if isinstance(value, int | tuple) else str(value) for name, value in values.items()}
     return plain | {"samples": samples}
-
-
-def _report(bench: str, device: torch.device, output: Output, work: Work) -> None:
-    """Do the work on `device`; then the JSON object on stdout, the table on stderr and the picture."""
-    import torch
-    from rich.console import Console
-
-    from ds_offload.bench.environment import Environment
-    from ds_offload.bench.limits import measure_limits
-    from ds_offload.bench.report import Report
-    from ds_offload.notices import notice
-
-    environment = Environment.of(device)
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        rows, notes, options = work()
-        report = Report(bench, environment, measure_limits(device), options, rows, notes)
-    if device.type == "cpu":
-        notice("no CUDA device was used: these are times of the CPU's code, by default at small sizes")
-    if output.json:
-        print(json.dumps(report.to_dict()), flush=True)
-    terminal = Console(stderr=True).is_terminal
-    report.print_table(Console(stderr=True, width=None if terminal else TABLE_WIDTH))
-    if output.plot is not None:
-        report.save_plot(output.plot)

@@ -108,6 +108,7 @@ def test_decode(command: Any, ids_model: str) -> None:
         ("--dense-layers", "0,2"),
         ("--token-budget", "1/1"),
         ("--token-budget", "8"),
+        ("--monitor", "widen"),
     ],
 )
 def test_decode_with_other_options(command: Any, ids_model: str, arguments: tuple[str, ...]) -> None:
@@ -115,6 +116,7 @@ def test_decode_with_other_options(command: Any, ids_model: str, arguments: tupl
         command, "decode", "--model", ids_model, "--variants", "ours,prefetch-exact", *DECODE, *arguments
     )
     assert [row["name"] for row in result["rows"]][1:] == ["ours", "prefetch-exact"]
+    assert result["options"]["config"]["monitor"] == "off", "none runs, and its memory is not planned"
 
 
 def test_prefill(command: Any, ids_model: str) -> None:
