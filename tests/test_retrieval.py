@@ -10,7 +10,6 @@ import pytest
 
 from ds_offload import OffloadConfig, OffloadedGenerator
 from ds_offload.evaluation.retrieval_cases import CITIES
-from ds_offload.prompts import document_prompt
 
 DOCUMENT_TOKENS = 2048
 
@@ -45,10 +44,11 @@ def test_twenty_questions_at_a_budget_of_256_tokens(smollm2: Any) -> None:
             for seed in range(2):
                 document, facts = planted_document(seed, gen.tokenizer)
                 assert abs(len(gen.tokenizer(document)["input_ids"]) - DOCUMENT_TOKENS) < 64
-                for city, code in facts.items():
-                    question = f"What is the access code for {city}? Answer with the number only."
-                    out = gen.generate(document_prompt(document, question, gen.tokenizer), max_new_tokens=14)
-                    found.append(code in out.text)
+                with gen.prefill(document) as session:
+                    for city, code in facts.items():
+                        question = f"What is the access code for {city}? Answer with the number only."
+                        out = session.ask(question, keep=False, max_new_tokens=14)
+                        found.append(code in out.text)
             right[budget] = sum(found)
     assert right["1/1"] >= 8, right
     assert right[256] >= right["1/1"] - 2, right
