@@ -125,7 +125,7 @@ class KVContext:
         if rows.layout is not None:
             self.codec = RowCodec(rows.layout, offloaded, calibration.key_factor, decoder.device)
             shape = (sequences, decoder.kv_heads, self.window.forced_slots, 2, decoder.head_dim)
-            apart = {n: torch.empty(shape, dtype=rows.dtype, device=decoder.device) for n in offloaded}
+            apart = {n: torch.zeros(shape, dtype=rows.dtype, device=decoder.device) for n in offloaded}
             self.window_buffer = WindowBuffer(self.window, apart)
         self.hot_set: HotSet | None = None
         if config.kv_location == "host":

@@ -163,9 +163,8 @@ def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None, continu
     if not shape.kv_on_device:
         # A block of host memory is whole pages.
         segment = -(-segment // mmap.PAGESIZE) * mmap.PAGESIZE
-    hot_set = 0
-    if not shape.kv_on_device or shape.layout is not None:
-        hot_set += offloaded * shape.rows * shape.window.forced_slots * shape.plain_row_bytes
+    window = offloaded * shape.rows * shape.window.forced_slots * shape.plain_row_bytes
+    hot_set = window if not shape.kv_on_device or shape.layout is not None else 0
     if not shape.kv_on_device:
         hot_set += offloaded * (shape.rows * shape.hot_slots * shape.row_bytes + _admit_bytes(shape))
     buffers = shape.layers * shape.rows * shape.plain_row_bytes
@@ -177,6 +176,9 @@ def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None, continu
     if continued:
         # The graph of the steps before keeps its workspace while a later turn is read.
         turn = streamed_prefill_bytes(dataclasses.replace(shape, prompts=shape.capacities)) + decode
+        if shape.layout is not None:
+            # A copy of the window, while a question is answered.
+            buffers += window
     mode = prefill_mode(shape, None if gpu is None else gpu - weights - labels - hot_set - buffers - reserve)
     return MemoryPlan(
         weights=weights,
