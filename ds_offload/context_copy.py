@@ -44,7 +44,7 @@ def copy_window(context: KVContext) -> dict[int, Tensor] | None:
 
 
 def fill_window(context: KVContext, tokens: int) -> None:
-    """Bring sinks and recent window of a sequence of `tokens` tokens on the device, from a store that is not quantised."""
+    """Bring sinks and recent window of a sequence of `tokens` tokens on the device, from a store of plain rows."""
     store, window = context.store, context.window
     if context.window_buffer is None:
         return

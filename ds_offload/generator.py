@@ -245,9 +245,7 @@ class OffloadedGenerator:
         """Whether `field` of the config was left open, to be chosen anew for each call."""
         return field in self._open
 
-    def _settle(
-        self, lengths: list[int], capacities: list[int], continued: bool, kv_dtype: str | None = None
-    ) -> None:
+    def _settle(self, lengths: list[int], capacities: list[int], continued: bool, kv_dtype: str | None = None) -> None:
         """Choose the K/V dtype and the hot set of this call, where the user left them open."""
         if not self._open:
             return

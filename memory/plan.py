@@ -116,7 +116,7 @@ class MemoryPlan:
         labels: The label cache.
         hot_set: Device rows: sinks, recent window and hot set, with their bookkeeping.
         buffers: The new token's rows, dense layers' K/V and, with `kv_location="gpu"`,
-            the store.
+            the store. With quantised sequences that are continued later, a copy of the window.
         prefill: Workspace of the longest prompt: hidden states, queries, two layers' K/V, RoPE, chunks.
             With a streamed prefill that of one piece of it.
         decode: Workspace of a step: scores and selections in flight, attention, logits.

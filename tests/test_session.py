@@ -396,7 +396,8 @@ def test_nothing_is_held_behind_the_last_session(gen: OffloadedGenerator) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "changes", [{"kv_dtype": "int8"}, {"kv_dtype": "int4", "prefetch": "exact"}, {"kv_dtype": "int4", "kv_location": "gpu"}]
+    "changes",
+    [{"kv_dtype": "int8"}, {"kv_dtype": "int4", "prefetch": "exact"}, {"kv_dtype": "int4", "kv_location": "gpu"}],
 )
 def test_quantised_rows_on_a_gpu(changes: dict[str, Any], model: Path) -> None:
     with make(model, "cuda", **changes) as gen:
