@@ -23,7 +23,7 @@ from ds_offload.memory_check import check_request, settle_config
 from ds_offload.monitor import FidelityMonitor
 from ds_offload.notices import notice, warn
 from ds_offload.open_session import load_session, read_document
-from ds_offload.planning.request import weight_bytes
+from ds_offload.planning.request import memory_text, weight_bytes
 from ds_offload.prefetch.streams import Faults
 from ds_offload.prefill import ProgressCallback, prefill
 from ds_offload.prefill_checkpoint import PrefillCheckpoint
@@ -275,6 +275,11 @@ class OffloadedGenerator:
         plan = check_request(self.loaded, self.config, lengths, capacities, continued=continued)
         if plan.prefill_mode == "streamed":
             self._announcements.append("the prompt does not fit the GPU as a whole: its prefill is streamed")
+        if plan.disk_kv:
+            self._announcements.append(
+                f"K/V are in files in {self.config.kv_dir}, {memory_text(plan.disk_kv)}: a row that is neither on the "
+                "device nor in the page cache is a read of the disk"
+            )
         while self._announcements:
             notice(self._announcements.pop(0))
         return plan

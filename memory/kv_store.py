@@ -12,7 +12,7 @@ from ds_offload.kernels.append import append_rows
 from ds_offload.kernels.gather import gather_rows
 from ds_offload.kernels.segment_table import SegmentTable
 from ds_offload.kernels.slot_attention_launch import StoredRows
-from ds_offload.memory.pinned_pool import PinnedPool
+from ds_offload.memory.segment_pool import SegmentPool
 from ds_offload.memory.staged_rows import StagedRows
 
 
@@ -22,7 +22,7 @@ class KVStore:
     A row is K and V of one token of one KV head: `2 * D` elements in one read. Every
     sequence grows by segments of its own, so unequal lengths waste less than one
     segment each. On the host the segments are blocks of `pool`, page-locked for CUDA. From
-    the first one on that the driver refuses to lock the store is staged: rows of pageable
+    the first one on that is not (the driver refused, or it is a file) the store is staged: rows of pageable
     segments pass through a ring of buffers (`StagedRows`), and the host waits for them.
     Stores may share whole segments (`share`); who writes a token that may lie in one
     calls `unshare` first.
@@ -47,7 +47,7 @@ class KVStore:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        pool: PinnedPool | None,
+        pool: SegmentPool | None,
         segment_tokens: int,
         max_tokens: int,
     ) -> None:
