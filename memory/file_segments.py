@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import shutil
@@ -24,10 +25,11 @@ class FileSegments:
     """Blocks of host memory that are files without a name in a folder, one each, never page-locked.
 
     The system keeps as much of them in memory as it has to spare, and writes and reads the
-    rest by itself. A file has no name from the moment it is made, so that nothing is left
-    of it however the process ends, and its place on the disk is taken at once, so that a
-    full disk is an error here and not a signal at some later write. The bytes go when the
-    last tensor over a block does. One thread calls the pool.
+    rest by itself: the pages of a row, and none around them (`read_ahead`). A file has no
+    name from the moment it is made, so that nothing is left of it however the process ends,
+    and its place on the disk is taken at once, so that a full disk is an error here and not
+    a signal at some later write. The bytes go when the last tensor over a block does. One
+    thread calls the pool.
 
     Args:
         folder: Where; see `disk_room`.
@@ -110,8 +112,16 @@ class FileSegments:
             raise MemoryError(f"no mapping of {size / 2**20:.0f} MiB for the KV cache: {error}") from error
         finally:
             os.close(file)
+        # Rows are far apart. By itself the system reads 128 KiB around each: of 6K tokens nearly all at every step.
+        _advise(block, mmap.MADV_RANDOM)
         self._blocks.append(block)
         return block[:nbytes]
+
+
+def read_ahead(rows: Tensor) -> None:
+    """Have the system read rows `[Hkv, n, 2, D]` of a block, which are about to be read; a head's are contiguous."""
+    for head in rows:
+        _advise(head, mmap.MADV_WILLNEED)
 
 
 def disk_room(folder: str | Path) -> int:
@@ -131,6 +141,13 @@ def disk_room(folder: str | Path) -> int:
     if kind in _IN_MEMORY:
         raise InputError(f"kv_dir={folder} is a file system in memory ({kind}), which saves none; {_ANOTHER}")
     return shutil.disk_usage(place).free
+
+
+def _advise(rows: Tensor, advice: int) -> None:
+    """Tell the system how the pages of contiguous rows will be used; a hint, whose refusal costs time alone."""
+    first = rows.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = rows.data_ptr() + rows.nbytes - first
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)
 
 
 def _nameless_file(folder: Path) -> int:

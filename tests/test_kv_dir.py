@@ -52,8 +52,13 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("changes", CASES)
-def test_the_same_bits_as_in_memory(changes: dict[str, Any], model: Path, tmp_path: Path) -> None:
+def test_the_same_bits_as_in_memory(
+    staged: bool, changes: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read in place, and as for a CUDA device, through the staging ring."""
+    monkeypatch.setattr(file_segments.FileSegments, "left_pageable", lambda pool, block: staged)
     with make(model, **changes) as gen:
         expected = gen.generate(PROMPTS, max_new_tokens=NEW, output_logits=True)
     with make(model, **changes, kv_dir=tmp_path) as gen:

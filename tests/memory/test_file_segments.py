@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +17,11 @@ import torch
 import ds_offload.memory.file_segments as file_segments
 from ds_offload.errors import InputError, MemoryPlanError
 from ds_offload.memory.file_segments import FileSegments, disk_room
+from ds_offload.memory.kv_store import KVStore
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MIB = 1 << 20
+LIBC = ctypes.CDLL(None)
 
 
 def mapped(folder: Path) -> int:
@@ -122,6 +127,45 @@ def test_a_folder_that_goes_away(tmp_path: Path) -> None:
     (tmp_path / "kv").rmdir()
     with pytest.raises(InputError, match=r"cannot write to kv_dir=.*No such file"):
         pool.allocate(MIB)
+    pool.close()
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_what_is_read_as_a_whole_is_read_ahead(staged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system is told that rows are far apart, and where they are not it is told which ones will be read."""
+    advised: list[tuple[int, int, int]] = []
+
+    def madvise(first: ctypes.c_void_p, size: ctypes.c_size_t, advice: int) -> int:
+        advised.append((first.value or 0, size.value, advice))
+        return int(LIBC.madvise(first, size, advice))
+
+    monkeypatch.setattr(file_segments.ctypes, "CDLL", lambda name: SimpleNamespace(madvise=madvise))
+    pool = FileSegments(tmp_path, CUDA if staged else CPU)
+    shape: dict[str, Any] = {"kv_heads": 2, "head_dim": 64, "dtype": torch.float32, "segment_tokens": 32}
+    store = KVStore(layers=[0, 1], sequences=1, device=CPU, pool=pool, max_tokens=96, **shape)
+    store.reserve(0, 70)
+    segments = store.table.tensors[0]
+    assert store.staged is staged
+    assert [entry for entry in advised if entry[2] == mmap.MADV_RANDOM] == [
+        (segment.data_ptr(), segment.nbytes, mmap.MADV_RANDOM) for segment in segments
+    ]
+    rows = torch.randn(2, 70, 2, 64)
+    store.write_prompt(1, 0, 0, rows)
+    # 512 bytes a row, 16 KiB a head: token 20 begins in the middle of a page.
+    expected = []
+    for head in range(2):
+        for segment, first, last in ((segments[0], 20, 32), (segments[1], 0, 8)):
+            begin = segment[1, head, first].data_ptr()
+            page = begin // 4096 * 4096
+            expected.append((page, begin - page + (last - first) * 512, mmap.MADV_WILLNEED))
+    advised.clear()
+    out = torch.empty(2, 20, 2, 64)
+    store.read(1, 0, 20, out)
+    assert torch.equal(out, rows[:, 20:40]) and sorted(advised) == sorted(expected)
+    advised.clear()
+    parts = torch.cat(list(store.parts(1, 0, 20, 40)))
+    assert torch.equal(parts, rows[:, 20:40].flatten(0, 1)) and advised == expected
+    store.close()
     pool.close()
 
 
