@@ -156,10 +156,11 @@ def test_quantised_answers_are_near_those_of_a_fresh_prefill(kv_dtype: str, near
 @pytest.mark.parametrize("common", [100, 149, 4, 1])
 def test_a_question_that_changes_the_last_tokens_of_quantised_rows(common: int, kept: bool, model: Path) -> None:
     """The window of the tokens before is read again, once: what it was lies in the store quantised only."""
-    changed = [*DOCUMENT[:common], *QUESTIONS[2]]
-    with make(model, kv_dtype="int8", token_budget="1/1") as gen:
+    changed = [*DOCUMENT[:common], *QUESTIONS[1]]
+    # A window that is longer than the question shows what it holds.
+    with make(model, kv_dtype="int8", token_budget="1/1", recent_tokens=30) as gen:
         with gen.prefill(DOCUMENT[:common]) as session:
-            expected = session.ask(QUESTIONS[2], max_new_tokens=3, output_logits=True)
+            expected = session.ask(QUESTIONS[1], max_new_tokens=3, output_logits=True)
         with gen.prefill(DOCUMENT) as session:
             usual, session._ids = session._ids, lambda question: changed  # type: ignore[method-assign]
             out = session.ask([], max_new_tokens=3, keep=kept, output_logits=True)
