@@ -147,6 +147,8 @@ class OffloadConfig:
         recent_tokens: Last tokens before the current one that are always attended.
         dense_layers: Layers whose K/V stay on the GPU and are attended in full.
         kv_location: "host" keeps the K/V in (pinned) host memory, "gpu" on the device.
+        kv_dir: Folder for files that the K/V of "host" are kept in, for contexts beyond its memory;
+            None keeps them in memory. What is not on the GPU or in the page cache is read from the disk then.
         kv_dtype: dtype of the stored K/V. "int8" and "int4" quantise them on their way to the
             store; sinks, recent window and dense layers stay in the model's dtype. "auto" is
             the first of the model's own, "int8" and "int4" that fits.
@@ -178,6 +180,7 @@ class OffloadConfig:
     recent_tokens: int = 64
     dense_layers: tuple[int, ...] = ()
     kv_location: Literal["host", "gpu"] = "host"
+    kv_dir: str | None = None
     kv_dtype: str = "auto"
     prefetch: Literal["exact", "speculative", "off"] = "off"
     hot_set: float | None = None
@@ -203,6 +206,12 @@ class OffloadConfig:
             fix("calibration", str(self.calibration))
         self._one_of("label_bits", LABEL_BITS)
         self._one_of("kv_location", ("host", "gpu"))
+        if self.kv_dir is not None:
+            fix("kv_dir", str(self.kv_dir))
+            if self.kv_location == "gpu":
+                raise InputError(
+                    f"kv_dir={self.kv_dir!r} is for K/V on the host, and kv_location='gpu'; leave one of them out"
+                )
         self._one_of("prefetch", ("exact", "speculative", "off"))
         self._one_of("kv_dtype", KV_DTYPES)
         self._at_least("sink_tokens", 0)

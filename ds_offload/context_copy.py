@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ds_offload.kv_context import KVContext
 
 
-def rewind(context: KVContext, tokens: int) -> None:
+def rewind(context: KVContext, tokens: int, window: dict[int, Tensor] | None = None) -> bool:
     """Forget all tokens from number `tokens` on: what is added next takes their places.
 
     Rows and labels behind the end are never read. Slots of the hot set may hold rows of
     tokens that come again as others, and the ring of recent tokens has lost those that
-    they overwrote, which are brought back from the store.
+    they overwrote, which are brought back from the store. A store of quantised rows does
+    not have them as they were.
+
+    Args:
+        window: What `copy_window` gave when the context had `tokens` tokens.
+
+    Returns:
+        Whether sinks and recent tokens are on the device again; if not they are to be read again.
     """
     # Behind whatever reads slots, and whatever writes the rows that are read back.
     context.streams.join()
     if context.hot_set is not None:
         context.hot_set.forget()
-    fill_window(context, tokens)
+    if context.codec is None:
+        fill_window(context, tokens)
+        return True
+    if window is not None:
+        assert context.window_buffer is not None, "quantised rows have their window apart"
+        context.window_buffer.restore(window)
+    return window is not None or not tokens
+
+
+def copy_window(context: KVContext) -> dict[int, Tensor] | None:
+    """A copy of sinks and recent tokens on the device, where the store has them quantised only; None elsewhere."""
+    if context.codec is None or context.window_buffer is None:
+        return None
+    context.streams.join()
+    return context.window_buffer.copy()
 
 
 def fill_window(context: KVContext, tokens: int) -> None:
-    """Bring sinks and recent window of a sequence of `tokens` tokens on the device, from the store."""
+    """Bring sinks and recent window of a sequence of `tokens` tokens on the device, from a store of plain rows."""
     store, window = context.store, context.window
     if context.window_buffer is None:
         return
@@ -52,6 +74,10 @@ def copy_context(target: KVContext, source: KVContext, tokens: int) -> None:
     target.labels.rows[:, :, :tokens].copy_(source.labels.rows[:, :, :tokens])
     if target.hot_set is not None and source.hot_set is not None:
         target.hot_set.copy_from(source.hot_set)
+    window = copy_window(source)
+    if window is not None and target.window_buffer is not None:
+        # The hot set has none of these.
+        target.window_buffer.restore(window)
 
 
 def own_from(context: KVContext, start: int) -> None:

@@ -23,7 +23,7 @@ from ds_offload.memory_check import check_request, settle_config
 from ds_offload.monitor import FidelityMonitor
 from ds_offload.notices import notice, warn
 from ds_offload.open_session import load_session, read_document
-from ds_offload.planning.request import weight_bytes
+from ds_offload.planning.request import memory_text, weight_bytes
 from ds_offload.prefetch.streams import Faults
 from ds_offload.prefill import ProgressCallback, prefill
 from ds_offload.prefill_checkpoint import PrefillCheckpoint
@@ -241,11 +241,16 @@ class OffloadedGenerator:
         prompts = [sequence.prompt for sequence in sequences]
         return PrefillCheckpoint.of(folder, prompts, self.loaded.model, self.config, calibration)
 
-    def _settle(self, lengths: list[int], capacities: list[int], continued: bool) -> None:
+    def chooses(self, field: str) -> bool:
+        """Whether `field` of the config was left open, to be chosen anew for each call."""
+        return field in self._open
+
+    def _settle(self, lengths: list[int], capacities: list[int], continued: bool, kv_dtype: str | None = None) -> None:
         """Choose the K/V dtype and the hot set of this call, where the user left them open."""
         if not self._open:
             return
-        asked = dataclasses.replace(self.config, **self._open)
+        given = {} if kv_dtype is None else {"kv_dtype": kv_dtype}
+        asked = dataclasses.replace(self.config, **self._open | given)
         source, device = self.loaded.source, self.loaded.device
         before = self.config.kv_dtype
         self.config = settle_config(source, asked, device, lengths, capacities, weight_bytes(source), continued)
@@ -258,12 +263,23 @@ class OffloadedGenerator:
             chosen, best = f"{self.config.hot_set_multiple:g}", f"{HOT_SETS[0]:g}"
             self._announcements.append(f"hot set: {chosen} x the budget, the most that fits; {best} x is faster")
 
-    def plan_call(self, lengths: list[int], capacities: list[int], continued: bool = False) -> MemoryPlan:
-        """Choose what the config leaves open, check that a call fits (`check_request`), and say what was chosen."""
-        self._settle(lengths, capacities, continued)
+    def plan_call(
+        self, lengths: list[int], capacities: list[int], continued: bool = False, kv_dtype: str | None = None
+    ) -> MemoryPlan:
+        """Choose what the config leaves open, check that a call fits (`check_request`), and say what was chosen.
+
+        Args:
+            kv_dtype: What K/V are stored as already; None chooses it where it is open.
+        """
+        self._settle(lengths, capacities, continued, kv_dtype)
         plan = check_request(self.loaded, self.config, lengths, capacities, continued=continued)
         if plan.prefill_mode == "streamed":
             self._announcements.append("the prompt does not fit the GPU as a whole: its prefill is streamed")
+        if plan.disk_kv:
+            self._announcements.append(
+                f"K/V are in files in {self.config.kv_dir}, {memory_text(plan.disk_kv)}: a row that is neither on the "
+                "device nor in the page cache is a read of the disk"
+            )
         while self._announcements:
             notice(self._announcements.pop(0))
         return plan

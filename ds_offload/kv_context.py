@@ -18,12 +18,14 @@ from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.kernels.new_token import HeadNorms, new_token
 from ds_offload.kernels.slot_attention import slot_attention
 from ds_offload.kernels.sparse_attention import sparse_attention
+from ds_offload.memory.file_segments import FileSegments
 from ds_offload.memory.hot_set import HotSet
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.label_cache import LabelCache
 from ds_offload.memory.pinned_pool import PinnedPool
 from ds_offload.memory.plan import hot_set_capacity
 from ds_offload.memory.row_codec import RowCodec
+from ds_offload.memory.segment_pool import SegmentPool
 from ds_offload.memory.window import AttentionWindow
 from ds_offload.memory.window_buffer import WindowBuffer
 from ds_offload.prefetch.scheduler import PrefetchScheduler
@@ -84,7 +86,12 @@ class KVContext:
         self.layers = decoder.layers
         self._device = decoder.device
         self._dense_layers = frozenset(config.dense_layers)
-        self._pool = PinnedPool(decoder.device, _PAGEABLE_COST)
+        self._on_disk = config.kv_dir is not None
+        self._pool: SegmentPool = (
+            PinnedPool(decoder.device, _PAGEABLE_COST)
+            if config.kv_dir is None
+            else FileSegments(config.kv_dir, decoder.device)
+        )
         sequences, longest = len(capacities), max(capacities)
         offloaded = [n for n in range(decoder.layers) if n not in self._dense_layers]
         rows = RowFormat.of(config.kv_dtype, decoder.dtype, decoder.head_dim)
@@ -125,7 +132,7 @@ class KVContext:
         if rows.layout is not None:
             self.codec = RowCodec(rows.layout, offloaded, calibration.key_factor, decoder.device)
             shape = (sequences, decoder.kv_heads, self.window.forced_slots, 2, decoder.head_dim)
-            apart = {n: torch.empty(shape, dtype=rows.dtype, device=decoder.device) for n in offloaded}
+            apart = {n: torch.zeros(shape, dtype=rows.dtype, device=decoder.device) for n in offloaded}
             self.window_buffer = WindowBuffer(self.window, apart)
         self.hot_set: HotSet | None = None
         if config.kv_location == "host":
@@ -179,7 +186,12 @@ class KVContext:
     @property
     def host_bytes(self) -> int:
         """Host bytes of the store, page-locked or not."""
-        return self._pool.nbytes
+        return 0 if self._on_disk else self._pool.nbytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the store in files."""
+        return self._pool.nbytes if self._on_disk else 0
 
     def close(self) -> None:
         """Wait for the device, then free everything on host and device."""

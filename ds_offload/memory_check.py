@@ -10,6 +10,7 @@ from ds_offload.config import OffloadConfig
 from ds_offload.errors import MemoryPlanError
 from ds_offload.loading import LoadedModel, ModelSource
 from ds_offload.machine.host_memory import host_memory
+from ds_offload.memory.file_segments import disk_room
 from ds_offload.memory.plan import CUDA_RESERVE_BYTES, MemoryPlan
 from ds_offload.planning.changes import find_changes, longest_context, settle
 from ds_offload.planning.request import MemoryLimits, Request, Shortage, memory_text, weight_bytes
@@ -20,15 +21,19 @@ def memory_limits(config: OffloadConfig, device: torch.device, loaded: int = 0) 
     """What may be taken of the memory that is free, on `device` and on the host.
 
     Args:
-        config: `gpu_memory` and `host_memory` lower the limits.
+        config: `gpu_memory` and `host_memory` lower the limits; the disk is that of `kv_dir`.
         loaded: Bytes of weights that are on `device` already; a plan counts them, so the limit does, too.
+
+    Raises:
+        InputError: `kv_dir` is no folder for files of segments.
     """
+    disk = None if config.kv_dir is None else disk_room(config.kv_dir)
     if device.type == "cuda":
-        return MemoryLimits(_gpu_limit(config, device, loaded), _host_limit(config))
+        return MemoryLimits(_gpu_limit(config, device, loaded), _host_limit(config), disk)
     if not loaded:
-        return MemoryLimits(None, _host_limit(config))
+        return MemoryLimits(None, _host_limit(config), disk)
     there = _host_limit(dataclasses.replace(config, host_memory=None)) + loaded
-    return MemoryLimits(None, min(there, config.host_memory) if isinstance(config.host_memory, int) else there)
+    return MemoryLimits(None, min(there, config.host_memory) if isinstance(config.host_memory, int) else there, disk)
 
 
 def check_weights(source: ModelSource, config: OffloadConfig, device: torch.device) -> None:
@@ -41,7 +46,7 @@ def check_weights(source: ModelSource, config: OffloadConfig, device: torch.devi
     needed = weight_bytes(source)
     if limits.gpu is not None:
         needed += CUDA_RESERVE_BYTES
-    place, limit = ("host", limits.host) if limits.gpu is None else ("GPU", limits.gpu)
+    place, limit = ("host memory", limits.host) if limits.gpu is None else ("GPU memory", limits.gpu)
     if needed > limit:
         raise MemoryPlanError(_line("the weights", Shortage(place, needed, limit), "choose a smaller model"))
 
@@ -64,14 +69,17 @@ def check_memory(
         capacities: Most tokens of each sequence, prompt and answer.
         loaded: Bytes of weights that are on `device` already.
         continued: Whether the sequences are continued later, by prompts of any length.
-        shared: Bytes of the host store that are there already.
+        shared: Bytes of the store, on the host or in files, that are there already.
 
     Raises:
         MemoryPlanError: GPU or host memory is short; names what is needed, what is there
             and the smallest change that makes it fit.
     """
     limits = memory_limits(config, device, loaded)
-    limits = dataclasses.replace(limits, host=limits.host + shared)
+    if limits.disk is None:
+        limits = dataclasses.replace(limits, host=limits.host + shared)
+    else:
+        limits = dataclasses.replace(limits, disk=limits.disk + shared)
     request = settle(_request(source, config, device, prompts, capacities, continued), limits)
     plan = request.plan(limits.gpu)
     short = limits.shortage(plan)
@@ -150,6 +158,6 @@ def _remedy(request: Request, limits: MemoryLimits) -> str:
 
 
 def _line(what: str, short: Shortage, remedy: str) -> str:
-    field = "gpu_memory" if short.place == "GPU" else "host_memory"
+    field = {"GPU memory": "gpu_memory", "host memory": "host_memory", "disk": "kv_dir"}[short.place]
     needed, limit = memory_text(short.needed), memory_text(short.limit)
-    return f"{what} need {needed} of {short.place} memory and {limit} are there ({field}); {remedy}"
+    return f"{what} need {needed} of {short.place} and {limit} are there ({field}); {remedy}"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_offload.config import OffloadConfig
 from ds_offload.document_prompt import DocumentPrompt
 from ds_offload.dtypes import QUANTISED_BITS
 from ds_offload.errors import InputError
 from ds_offload.kv_context import KVContext
-from ds_offload.memory.plan import MemoryPlan
 from ds_offload.prefill import ProgressCallback, prefill
 from ds_offload.prefill_checkpoint import PrefillCheckpoint
 from ds_offload.preparation import check_room, room_of
@@ -26,26 +25,6 @@ if TYPE_CHECKING:
     from ds_offload.generator import OffloadedGenerator
 
 
-def check_session_config(config: OffloadConfig) -> None:
-    """Refuse a session of quantised K/V, whose sinks and recent window the store does not have as they are attended to.
-
-    Raises:
-        InputError: `config` stores K/V at 8 or 4 bits.
-    """
-    if config.kv_dtype in QUANTISED_BITS:
-        raise InputError(
-            f"kv_dtype={config.kv_dtype!r} is not for sessions, which keep K/V in 16 or 32 bits; "
-            "leave it out, and where that does not fit shorten the context or free host memory"
-        )
-
-
-def _plan(generator: OffloadedGenerator, tokens: int, room: int) -> MemoryPlan:
-    plan = generator.plan_call([tokens], [room], continued=True)
-    # "auto" may have chosen 8 or 4 bits.
-    check_session_config(generator.config)
-    return plan
-
-
 @torch.no_grad()
 def read_document(
     generator: OffloadedGenerator,
@@ -54,7 +33,6 @@ def read_document(
     checkpoint: str | Path | None = None,
 ) -> Session:
     """A session over a document; see `OffloadedGenerator.prefill`."""
-    check_session_config(generator.config)
     loaded, prompt = generator.loaded, None
     if isinstance(document, str):
         prompt, ids = DocumentPrompt.read(document, loaded.tokenizer)
@@ -64,8 +42,9 @@ def read_document(
         raise InputError("the document must be one text or one list of token ids; give messages to `generate`")
     check_room(ids, generator.config, "document")
     room = room_of(generator.config)
-    plan = _plan(generator, len(ids), room)
-    kept = PrefillCheckpoint.of(checkpoint, [ids], loaded.model, generator.config)
+    plan = generator.plan_call([len(ids)], [room], continued=True)
+    codes = generator.calibrated(ids) if generator.config.kv_dtype in QUANTISED_BITS else None
+    kept = PrefillCheckpoint.of(checkpoint, [ids], loaded.model, generator.config, codes)
     calibration = generator.calibrated(ids)
     context = KVContext(generator.decoder, generator.config, calibration, [room], generator.faults)
     with contextlib.ExitStack() as undo:
@@ -79,20 +58,24 @@ def read_document(
 @torch.no_grad()
 def load_session(generator: OffloadedGenerator, path: str | Path) -> Session:
     """A session that was saved; see `OffloadedGenerator.load_session`."""
-    check_session_config(generator.config)
     folder = Path(path).expanduser().absolute()
     header = SessionHeader.read(folder)
-    header.check(folder, SessionIdentity.of(generator.loaded, generator.config))
-    ids, room = header.token_ids, room_of(generator.config)
-    check_room(ids, generator.config, "session")
+    # Where the dtype of K/V was left open it is the session's.
+    kv_dtype = header.identity.kv_dtype if generator.chooses("kv_dtype") else generator.config.kv_dtype
+    config = dataclasses.replace(generator.config, kv_dtype=kv_dtype)
+    header.check(folder, SessionIdentity.of(generator.loaded, config))
+    ids, room = header.token_ids, room_of(config)
+    check_room(ids, config, "session")
     calibration = read_calibration(folder, header)
-    given = generator.config.calibration
-    if given is not None and calibration_digest(generator.calibrated(ids)) != header.calibration:
-        raise InputError(
-            f"the session {folder} was made with another calibration than {given}; "
-            "leave the calibration out to use the session's own, or read the document again"
-        )
-    plan = _plan(generator, 1, room)
+    given = config.calibration
+    if given is not None:
+        digest = calibration_digest(generator.calibrated(ids), header.identity.quantised)
+        if digest != header.calibration:
+            raise InputError(
+                f"the session {folder} was made with another calibration than {given}; "
+                "leave the calibration out to use the session's own, or read the document again"
+            )
+    plan = generator.plan_call([1], [room], continued=True, kv_dtype=kv_dtype)
     context = KVContext(generator.decoder, generator.config, calibration, [room], generator.faults)
     with contextlib.ExitStack() as undo:
         undo.callback(context.close)

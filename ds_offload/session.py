@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ds_offload.calibration import Calibration
 from ds_offload.config import OffloadConfig
-from ds_offload.context_copy import copy_context, own_from, rewind
+from ds_offload.context_copy import copy_context, copy_window, own_from, rewind
 from ds_offload.decode import DecodeLoop
 from ds_offload.document_prompt import DocumentPrompt, common_tokens, further_ids
 from ds_offload.errors import InputError
@@ -79,6 +80,8 @@ class Session:
         # Its CUDA graph serves every answer from this context.
         self._loop: DecodeLoop | None = None
         self._answering = False
+        # Whether sinks and recent tokens are on the device as they are, which only quantised rows may make untrue.
+        self._windowed = True
         self._finalizer = weakref.finalize(self, context.close)
 
     def __enter__(self) -> Session:
@@ -154,6 +157,7 @@ class Session:
             InputError: The copy does not fit, or the session is closed or still answering.
         """
         self._check_free()
+        self._read_window(self.token_ids)
         shared = self._context.store.shared_bytes(self.stored) if self.config.kv_location == "host" else 0
         loaded, room = self._generator.loaded, room_of(self.config)
         plan = check_request(loaded, self.config, [1], [room], continued=True, shared=shared)
@@ -166,6 +170,7 @@ class Session:
         fork._own(context, plan)
         return fork
 
+    @torch.no_grad()
     def save(self, path: str | Path) -> SessionHeader:
         """Write the session to the folder `path`, in the place of a session that is there: whole, or not at all.
 
@@ -174,10 +179,12 @@ class Session:
             SessionWriteError: It could not be written; what was there is intact.
         """
         self._check_free()
+        self._read_window(self.token_ids)
         loaded = self._generator.loaded
+        identity = SessionIdentity.of(loaded, self.config)
         header = SessionHeader(
-            identity=SessionIdentity.of(loaded, self.config),
-            calibration=calibration_digest(self._calibration),
+            identity=identity,
+            calibration=calibration_digest(self._calibration, identity.quantised),
             model_name=loaded.source.name,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             token_ids=self.token_ids,
@@ -226,11 +233,13 @@ class Session:
         statistics.begin(self._plan)
         # A question may begin with characters that make other tokens of the document's last ones.
         start = min(self.stored, common_tokens(before, ids), len(ids) - 1)
+        if start < self.stored:
+            self._forget(start)
+        self._read_window(ids)
+        window = copy_window(self._context)
         prefilled = False
         self._answering = True
         try:
-            if start < self.stored:
-                self._forget(start)
             own_from(self._context, start)
             logits = self._extend(ids, start, on_progress)
             prefilled = True
@@ -243,11 +252,25 @@ class Session:
             if prefilled and keep:
                 self.token_ids = ids + sequence.tokens
             elif self._finalizer.alive:
-                self._forget(start)
+                self._forget(start, window)
         stats = statistics.summary() | {"prefilled_tokens": len(ids) - start}
         self.last_output = sequence.output(stats)
 
-    def _extend(self, ids: list[int], start: int, on_progress: ProgressCallback | None) -> torch.Tensor:
+    def _read_window(self, ids: list[int]) -> None:
+        """Read the recent ones of the stored tokens again where the window has lost them; `ids` begin with those.
+
+        Where the context was taken back to begins before its newest tokens, quantised rows are all there is of them.
+        """
+        if self._windowed:
+            return
+        tokens = self.stored
+        # They are being written from here on, whatever ends this.
+        self.stored = max(0, tokens - self._context.window.ring)
+        own_from(self._context, self.stored)
+        self._extend(ids[:tokens], self.stored, None)
+        self.stored, self._windowed = tokens, True
+
+    def _extend(self, ids: list[int], start: int, on_progress: ProgressCallback | None) -> Tensor:
         """Read the tokens from `start` on; logits of the last."""
         context, new = self._context, ids[start:]
         context.scheduler.clear_traffic()
@@ -283,10 +306,10 @@ class Session:
             yield piece
         statistics.finish(context, None if captured else self._loop.capture_s, monitor)
 
-    def _forget(self, tokens: int) -> None:
-        """Let go of the K/V of all tokens from number `tokens` on."""
+    def _forget(self, tokens: int, window: dict[int, Tensor] | None = None) -> None:
+        """Let go of the K/V of all tokens from number `tokens` on; `window` is a copy of that time."""
         self.stored = tokens
-        rewind(self._context, tokens)
+        self._windowed = rewind(self._context, tokens, window)
 
     def _check_free(self) -> None:
         if not self._finalizer.alive:

@@ -22,6 +22,7 @@ from ds_offload.session_header import HEADER, SessionHeader, calibration_digest
 from ds_offload.tensor_file import FileRecord, check_file, read_tensor, sync_folder, write_file, write_tensor
 
 LABELS = "labels.safetensors"
+WINDOW = "window.safetensors"
 CALIBRATION = "calibration.safetensors"
 # Files read or written at a time: their checksums take a core each.
 _THREADS = 8
@@ -87,7 +88,7 @@ def check_place(folder: Path) -> None:
 
 
 def read_calibration(folder: Path, header: SessionHeader) -> Calibration:
-    """The calibration that a session's labels were made by.
+    """The calibration that a session's labels and codes were made by.
 
     Raises:
         LoadError: It is damaged.
@@ -95,7 +96,7 @@ def read_calibration(folder: Path, header: SessionHeader) -> Calibration:
     with _naming_the_remedy():
         check_file(folder / CALIBRATION, _record(folder, header, CALIBRATION))
         calibration = Calibration.load(folder / CALIBRATION, header.identity.model)
-        if calibration_digest(calibration) != header.calibration:
+        if calibration_digest(calibration, header.identity.quantised) != header.calibration:
             raise LoadError(f"{folder / CALIBRATION} is damaged: it is another one")
     return calibration
 
@@ -118,7 +119,8 @@ def read_session(folder: Path, header: SessionHeader, context: KVContext) -> Non
         )
     # Other threads copied what belongs on the device.
     synchronize(context)
-    fill_window(context, header.stored)
+    if context.codec is None:
+        fill_window(context, header.stored)
 
 
 def verify_session(folder: Path) -> SessionHeader:
@@ -177,17 +179,25 @@ class _StoredTensor:
 
 
 def _tensors(context: KVContext, tokens: int) -> Iterator[_StoredTensor]:
-    """K/V of every layer, by KV head, then by token, and the labels."""
-    store, labels = context.store, context.labels.rows
+    """K/V of every layer, by KV head, then by token, the labels, and of quantised K/V the window as it is."""
+    labels = context.labels.rows
 
     def rows_of(layer: int) -> Callable[[], Iterable[Tensor]]:
         return lambda: context.row_parts(layer, 0, tokens)
 
     for layer in range(context.layers):
-        shape = store.prompt_shape(tokens)
-        yield _StoredTensor(f"layer-{layer:04d}.safetensors", store.dtype, shape, rows_of(layer))
+        dtype, stored = context.stored_as(layer, tokens)
+        yield _StoredTensor(f"layer-{layer:04d}.safetensors", dtype, stored, rows_of(layer))
     shape = (labels.shape[0], labels.shape[1], tokens, labels.shape[3])
     yield _StoredTensor(LABELS, labels.dtype, shape, lambda: (head[:tokens] for layer in labels for head in layer))
+    offloaded = [layer for layer in range(context.layers) if layer in context.store]
+    window = context.window_buffer
+    if context.codec is not None and window is not None and offloaded:
+        rows = window.tensor(offloaded[0])
+        shape = (len(offloaded), *rows.shape[1:])
+        yield _StoredTensor(
+            WINDOW, rows.dtype, shape, lambda: (part for layer in offloaded for part in window.parts(layer, 0))
+        )
 
 
 def _check_room(folder: Path, tokens: int, context: KVContext) -> None:

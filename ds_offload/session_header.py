@@ -11,14 +11,14 @@ from typing import Any
 from ds_offload.calibration import Calibration
 from ds_offload.config import OffloadConfig
 from ds_offload.document_prompt import DocumentPrompt
-from ds_offload.dtypes import dtype_name
+from ds_offload.dtypes import QUANTISED_BITS, dtype_name
 from ds_offload.errors import InputError, LoadError
 from ds_offload.loading import LoadedModel
 from ds_offload.sealed_json import seal, unseal
 from ds_offload.tensor_file import FileRecord, check_size
 
 FORMAT = "ds_offload.session"
-VERSION = 1
+VERSION = 2
 HEADER = "session.json"
 
 
@@ -32,6 +32,7 @@ class SessionIdentity:
         rope: The model's RoPE.
         label_channels, label_bits: The code of labels.
         dense_layers: Layers that have no labels.
+        window: Sinks and recent tokens, which quantised K/V keep as they are; "any" with others.
     """
 
     model: str
@@ -42,6 +43,7 @@ class SessionIdentity:
     label_channels: int
     label_bits: int
     dense_layers: list[int]
+    window: str = "any"
 
     @classmethod
     def of(cls, loaded: LoadedModel, config: OffloadConfig) -> SessionIdentity:
@@ -56,7 +58,15 @@ class SessionIdentity:
             label_channels=config.label_channels,
             label_bits=config.label_bits,
             dense_layers=list(config.dense_layers),
+            window=f"sink_tokens={config.sink_tokens}, recent_tokens={config.recent_tokens}"
+            if config.kv_dtype in QUANTISED_BITS
+            else "any",
         )
+
+    @property
+    def quantised(self) -> bool:
+        """Whether stored K/V are."""
+        return self.kv_dtype in QUANTISED_BITS
 
     def differences(self, here: SessionIdentity) -> str:
         """What differs: "model (fingerprint 01234567, here 89abcdef), kv_dtype (bf16, here fp32)"; "" where nothing."""
@@ -73,7 +83,7 @@ class SessionHeader:
 
     Attributes:
         identity: Whose the session is.
-        calibration: What its labels were made by, as `calibration_digest` gives it.
+        calibration: What its labels and codes were made by, as `calibration_digest` gives it.
         model_name: What the user called the model.
         created: When it was saved, as ISO 8601 in UTC.
         token_ids: Document, questions and answers.
@@ -167,10 +177,12 @@ class SessionHeader:
             )
 
 
-def calibration_digest(calibration: Calibration) -> str:
-    """SHA-256 in hex of what labels are made by."""
+def calibration_digest(calibration: Calibration, quantised: bool) -> str:
+    """SHA-256 in hex of what labels, and codes of `quantised` K/V, are made by."""
     digest = hashlib.sha256(calibration.channels.numpy().tobytes())
     digest.update(calibration.key_mean.numpy().tobytes())
+    if quantised:
+        digest.update(calibration.key_factor.numpy().tobytes())
     return digest.hexdigest()
 
 

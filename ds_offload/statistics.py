@@ -90,6 +90,7 @@ class RunStatistics:
             "gpu_planned_bytes": self._planned,
             "host_pinned_bytes": context.pinned_bytes,
             "host_kv_bytes": context.host_bytes,
+            "disk_kv_bytes": context.disk_bytes,
             "label_bytes": context.labels.nbytes,
             "layers": {
                 "h2d_bytes_per_token": [per_token(layer.moved * row_bytes) for layer in layers],

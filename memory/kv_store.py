@@ -12,20 +12,20 @@ from ds_offload.kernels.append import append_rows
 from ds_offload.kernels.gather import gather_rows
 from ds_offload.kernels.segment_table import SegmentTable
 from ds_offload.kernels.slot_attention_launch import StoredRows
-from ds_offload.memory.pinned_pool import PinnedPool
+from ds_offload.memory.file_segments import FileSegments, read_ahead
+from ds_offload.memory.segment_pool import SegmentPool
 from ds_offload.memory.staged_rows import StagedRows
 
 
 class KVStore:
     """K/V of B sequences in segments `[layers, Hkv, S, 2, D]`, on the host or on the device.
 
-    A row is K and V of one token of one KV head: `2 * D` elements in one read. Every
-    sequence grows by segments of its own, so unequal lengths waste less than one
-    segment each. On the host the segments are blocks of `pool`, page-locked for CUDA. From
-    the first one on that the driver refuses to lock the store is staged: rows of pageable
-    segments pass through a ring of buffers (`StagedRows`), and the host waits for them.
-    Stores may share whole segments (`share`); who writes a token that may lie in one
-    calls `unshare` first.
+    A row is K and V of one token of one KV head: `2 * D` elements in one read. Every sequence
+    grows by segments of its own, so unequal lengths waste less than one segment each. On the
+    host they are blocks of `pool`, page-locked for CUDA. From the first one on that is not,
+    refused by the driver or a file, the store is staged: rows of pageable segments pass through
+    a ring of buffers (`StagedRows`), and the host waits for them. Stores may share whole
+    segments (`share`); who writes a token that may lie in one calls `unshare` first.
 
     Hand-overs: the caller orders writers and readers; `append` and `write_prompt` run
     on the current stream, and a row may be gathered on another one only after an
@@ -47,22 +47,20 @@ class KVStore:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        pool: PinnedPool | None,
+        pool: SegmentPool | None,
         segment_tokens: int,
         max_tokens: int,
     ) -> None:
-        self.dtype = dtype
-        self.device = device
+        self.dtype, self.device = dtype, device
         self._index = {layer: n for n, layer in enumerate(layers)}
-        self._pool = pool
+        self._pool, self._in_files = pool, isinstance(pool, FileSegments)
         self._shape = (len(self._index), kv_heads, segment_tokens, 2, head_dim)
         self._capacity = [0] * sequences
         # Leading segments of each sequence that another store has, too: they are copied before they are written.
         self._shared = [0] * sequences
         self._ahead = 0
         self._staged: StagedRows | None = None
-        most = -(-max_tokens // segment_tokens)
-        self._addresses = torch.zeros(sequences, most, dtype=torch.int64, device=device)
+        self._addresses = torch.zeros(sequences, -(-max_tokens // segment_tokens), dtype=torch.int64, device=device)
         self.table = SegmentTable([[] for _ in range(sequences)], self._addresses, segment_tokens)
 
     def __contains__(self, layer: int) -> bool:
@@ -208,7 +206,10 @@ class KVStore:
         """Rows of tokens `start` to `stop` where they lie: contiguous `[n, 2, D]`, by KV head, then by token."""
         for head in range(self._shape[1]):
             for number, first, last in self._spans(start, stop):
-                yield self.table.tensors[sequence][number][self._index[layer], head, first:last]
+                rows = self.table.tensors[sequence][number][self._index[layer], head : head + 1, first:last]
+                if self._in_files:
+                    read_ahead(rows)
+                yield rows[0]
 
     def read(self, layer: int, sequence: int, start: int, out: Tensor) -> None:
         """Copy rows of tokens `start` to `start + n` to `out` `[Hkv, n, 2, D]` of the store's dtype.
@@ -221,6 +222,8 @@ class KVStore:
             rows = self.table.tensors[sequence][number][self._index[layer], :, first:last]
             target = out[:, begin : begin + last - first]
             begin += last - first
+            if self._in_files:
+                read_ahead(rows)
             if self._staged is not None and self._staged.holds(sequence, number):
                 staged += zip(rows, target, strict=True)
             elif self._pool is None or out.device.type == "cpu":

@@ -12,6 +12,7 @@ import torch
 from ds_offload.kernels.admit_state import AdmitState
 from ds_offload.kernels.kv_codec import RowLayout
 from ds_offload.kernels.label_codec import LabelLayout
+from ds_offload.memory.staging_ring import RING_BYTES
 from ds_offload.memory.window import AttentionWindow
 from ds_offload.memory.workspace import (
     PrefillMode,
@@ -45,6 +46,7 @@ class CacheShape:
         hot_slots: Slots of the hot set per layer and KV head.
         prompts, capacities: Tokens of each prompt, and most tokens of each sequence.
         kv_on_device: Whether the store is on the device (`kv_location="gpu"`).
+        kv_on_disk: Whether the store is in files (`kv_dir`).
         cuda: Whether that is a CUDA device, whose kernels take another workspace than the CPU's code.
         predicted: Whether the next layer's tokens are selected while a layer computes.
         look_ahead: Tokens of a KV head that are brought on the device for the next step, 0 for none.
@@ -80,6 +82,7 @@ class CacheShape:
     everything: bool
     monitored: bool
     layout: RowLayout | None = None
+    kv_on_disk: bool = False
 
     @property
     def rows(self) -> int:
@@ -116,12 +119,13 @@ class MemoryPlan:
         labels: The label cache.
         hot_set: Device rows: sinks, recent window and hot set, with their bookkeeping.
         buffers: The new token's rows, dense layers' K/V and, with `kv_location="gpu"`,
-            the store.
+            the store. With quantised sequences that are continued later, a copy of the window.
         prefill: Workspace of the longest prompt: hidden states, queries, two layers' K/V, RoPE, chunks.
             With a streamed prefill that of one piece of it.
         decode: Workspace of a step: scores and selections in flight, attention, logits.
         reserve: CUDA context and allocator; 0 on a CPU.
-        host_kv: The store on the host.
+        host_kv: The store on the host; of one in files the ring through which its rows pass to a CUDA device.
+        disk_kv: The store in files. What the system keeps of them in memory it gives back when that is wanted.
         prefill_mode: Whether the prompt is on the device as a whole, or streamed.
         host_states: The prompt's hidden states on the host, while a streamed prefill lasts.
     """
@@ -136,6 +140,7 @@ class MemoryPlan:
     host_kv: int
     prefill_mode: PrefillMode = "whole"
     host_states: int = 0
+    disk_kv: int = 0
 
     @property
     def gpu_tensors(self) -> int:
@@ -163,9 +168,8 @@ def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None, continu
     if not shape.kv_on_device:
         # A block of host memory is whole pages.
         segment = -(-segment // mmap.PAGESIZE) * mmap.PAGESIZE
-    hot_set = 0
-    if not shape.kv_on_device or shape.layout is not None:
-        hot_set += offloaded * shape.rows * shape.window.forced_slots * shape.plain_row_bytes
+    window = offloaded * shape.rows * shape.window.forced_slots * shape.plain_row_bytes
+    hot_set = window if not shape.kv_on_device or shape.layout is not None else 0
     if not shape.kv_on_device:
         hot_set += offloaded * (shape.rows * shape.hot_slots * shape.row_bytes + _admit_bytes(shape))
     buffers = shape.layers * shape.rows * shape.plain_row_bytes
@@ -177,6 +181,9 @@ def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None, continu
     if continued:
         # The graph of the steps before keeps its workspace while a later turn is read.
         turn = streamed_prefill_bytes(dataclasses.replace(shape, prompts=shape.capacities)) + decode
+        if shape.layout is not None:
+            # A copy of the window, while a question is answered.
+            buffers += window
     mode = prefill_mode(shape, None if gpu is None else gpu - weights - labels - hot_set - buffers - reserve)
     return MemoryPlan(
         weights=weights,
@@ -186,10 +193,18 @@ def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None, continu
         prefill=max(turn, prefill_bytes(shape) if mode == "whole" else streamed_prefill_bytes(shape)),
         decode=decode,
         reserve=reserve,
-        host_kv=0 if shape.kv_on_device else segments * segment,
+        host_kv=_host_kv(shape, segments * segment),
         prefill_mode=mode,
         host_states=hidden_state_bytes(shape) if mode == "streamed" and shape.cuda else 0,
+        disk_kv=segments * segment if shape.kv_on_disk else 0,
     )
+
+
+def _host_kv(shape: CacheShape, store: int) -> int:
+    """Bytes of host memory for a store of `store` bytes."""
+    if shape.kv_on_disk:
+        return RING_BYTES[0] if shape.cuda else 0
+    return 0 if shape.kv_on_device else store
 
 
 def _admit_bytes(shape: CacheShape) -> int:

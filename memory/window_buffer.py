@@ -44,6 +44,16 @@ class WindowBuffer:
             slots = sinks + torch.arange(first, length, device=rows.device) % ring
             target[:, slots] = rows[:, first - start :].to(target.dtype)
 
+    def copy(self) -> dict[int, Tensor]:
+        """The window's rows of every layer as they are now, `[B, Hkv, slots, 2, D]` each, for `restore`."""
+        slots = self._window.forced_slots
+        return {layer: rows[:, :, :slots].clone() for layer, rows in self._rows.items()}
+
+    def restore(self, copy: dict[int, Tensor]) -> None:
+        """Take the rows of a `copy`, of this window or of one of the same shape."""
+        for layer, rows in copy.items():
+            self._rows[layer][:, :, : rows.shape[2]].copy_(rows)
+
     def parts(self, layer: int, sequence: int) -> Iterator[Tensor]:
         """The window's rows of a sequence where they lie: contiguous `[n, 2, D]`, by KV head."""
         for head in self._rows[layer][sequence]:

@@ -34,12 +34,13 @@ def main() -> None:
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--ctx", default="8k", help="tokens of the document")
+    parser.add_argument("--kv-dtype", default="auto", help="how K/V are stored: bf16, int8, int4 or auto")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="a folder on the disk to measure")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     tokens = parse_tokens(given.ctx)
     place = Path(given.folder) / f"bench-session-{os.getpid()}"
-    config = OffloadConfig(max_context=tokens + 4 * QUESTION)
+    config = OffloadConfig(max_context=tokens + 4 * QUESTION, kv_dtype=given.kv_dtype)
     try:
         with OffloadedGenerator.from_pretrained(
             given.model, config=config, load_format=given.load_format, device=given.device
@@ -72,6 +73,7 @@ def measure(generator: OffloadedGenerator, tokens: int, place: Path, repeats: in
     return {
         **dataclasses.asdict(Environment.of(generator.loaded.device)),
         "model": generator.loaded.source.name,
+        "kv_dtype": generator.config.kv_dtype,
         "tokens": tokens,
         "bytes": nbytes,
         "read_document_s": read_s,

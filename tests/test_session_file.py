@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,6 +82,11 @@ def tree(folder: Path) -> dict[str, bytes]:
         {"kv_location": "gpu"},
         {"kv_dtype": "bf16", "label_bits": 8},
         {"sink_tokens": 70, "recent_tokens": 90, "token_budget": 200},
+        {"kv_dtype": "int8"},
+        {"kv_dtype": "int4", "dense_layers": (1,), "label_bits": 8},
+        {"kv_dtype": "int4", "kv_location": "gpu"},
+        {"kv_dtype": "int4", "dense_layers": (0, 1, 2)},
+        {"kv_dtype": "int8", "sink_tokens": 70, "recent_tokens": 90, "token_budget": 200},
     ],
 )
 def test_a_loaded_session_gives_the_same_answers(changes: dict[str, Any], model: Path, tmp_path: Path) -> None:
@@ -87,7 +94,10 @@ def test_a_loaded_session_gives_the_same_answers(changes: dict[str, Any], model:
         first = ask(session, QUESTIONS[0])
         header = session.save(tmp_path / "deep" / "er" / "book")
         ids, second = session.token_ids, ask(session, QUESTIONS[1])
-    assert {file.name for file in (tmp_path / "deep" / "er" / "book").iterdir()} == FILES
+    apart = changes.get("kv_dtype") in ("int8", "int4") and changes.get("dense_layers") != (0, 1, 2)
+    assert {file.name for file in (tmp_path / "deep" / "er" / "book").iterdir()} == (
+        FILES | {"window.safetensors"} if apart else FILES
+    )
     assert list((tmp_path / "deep" / "er").iterdir()) == [tmp_path / "deep" / "er" / "book"]
     assert verify_session(tmp_path / "deep" / "er" / "book") == header
     # In a process that knows no calibration, and with segments of another size.
@@ -105,6 +115,57 @@ def test_what_does_not_change_rows_and_labels_may_change(model: Path, saved: Pat
     changed = {"token_budget": 48, "sink_tokens": 9, "recent_tokens": 20, "kv_location": "gpu", "max_context": 300}
     with make(model, **changed) as gen, gen.prefill(DOCUMENT) as session, gen.load_session(saved) as loaded:
         assert torch.equal(ask(loaded, QUESTIONS[0]).logits, ask(session, QUESTIONS[0]).logits)
+
+
+def test_quantised_rows_come_with_their_window(model: Path, tmp_path: Path) -> None:
+    place = tmp_path / "book"
+    with make(model, kv_dtype="int4") as gen, gen.prefill(DOCUMENT) as session:
+        session.save(place)
+        kept = session._context.window_buffer
+        assert kept is not None
+        window, expected = kept.copy(), ask(session, QUESTIONS[0], keep=False)
+    rows = load_file(place / "layer-0001.safetensors")["rows"]
+    # 16 channels: 8 bytes of codes and 8 of centres and steps, for K and for V.
+    assert rows.dtype == torch.uint8 and rows.shape == (2, 150, 2, 16)
+    saved = load_file(place / "window.safetensors")["rows"]
+    assert saved.dtype == torch.float32 and torch.equal(saved, torch.cat([window[layer] for layer in range(3)]))
+    # Left open, the dtype is the session's; in another place of the K/V, the rows are the same.
+    for changes in ({}, {"kv_dtype": "int4", "kv_location": "gpu"}, {"kv_dtype": "int4", "token_budget": 24}):
+        with make(model, **changes) as gen, gen.load_session(place) as session:
+            assert session.config.kv_dtype == "int4"
+            assert torch.equal(ask(session, QUESTIONS[0]).logits, expected.logits)
+    refusals = {
+        "kv_dtype (int4, here int8)": {"kv_dtype": "int8"},
+        "kv_dtype (int4, here fp32)": {"kv_dtype": "fp32"},
+        "window (sink_tokens=2, recent_tokens=4, here sink_tokens=9, recent_tokens=4)": {"sink_tokens": 9},
+    }
+    for message, changes in refusals.items():
+        with make(model, **changes) as gen, pytest.raises(InputError, match=re.escape(message)):
+            gen.load_session(place)
+    data = bytearray((place / "window.safetensors").read_bytes())
+    data[-1] ^= 4
+    (place / "window.safetensors").write_bytes(data)
+    with make(model) as gen, pytest.raises(LoadError, match=r"window\.safetensors is damaged"):
+        gen.load_session(place)
+
+
+def test_codes_are_of_their_calibration(model: Path, tmp_path: Path) -> None:
+    """A calibration that differs in what keys are divided by alone is another one where K/V are quantised."""
+    with make(model, kv_dtype="int8") as gen, gen.prefill(DOCUMENT) as session:
+        session.save(tmp_path / "book")
+        made = gen.calibrated([])
+        dataclasses.replace(made, key_factor=made.key_factor * 2).save(tmp_path / "other.safetensors")
+    other = make(model, kv_dtype="int8", calibration=str(tmp_path / "other.safetensors"))
+    with other as gen, pytest.raises(InputError, match="another calibration than"):
+        gen.load_session(tmp_path / "book")
+
+
+def test_the_format_before_is_read(model: Path, saved: Path) -> None:
+    content = unseal((saved / HEADER).read_bytes())
+    del content["identity"]["window"]
+    (saved / HEADER).write_bytes(seal(content | {"version": 1}))
+    with make(model) as gen, gen.load_session(saved) as session:
+        assert session.token_ids == DOCUMENT
 
 
 def test_files_are_safetensors(saved: Path) -> None:
@@ -298,8 +359,8 @@ def test_another_calibration_is_refused(model: Path, saved: Path, tmp_path: Path
 
 def test_a_newer_format_is_refused(model: Path, saved: Path) -> None:
     content = json.loads((saved / HEADER).read_bytes())
-    (saved / HEADER).write_text(json.dumps(content | {"version": 2}))
-    with make(model) as gen, pytest.raises(LoadError, match=r"format version 2, and this version .* reads up to 1"):
+    (saved / HEADER).write_text(json.dumps(content | {"version": 3}))
+    with make(model) as gen, pytest.raises(LoadError, match=r"format version 3, and this version .* reads up to 2"):
         gen.load_session(saved)
 
 
@@ -362,7 +423,9 @@ def test_tokenizers_have_fingerprints() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("first", "second"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
-@pytest.mark.parametrize("changes", [{}, {"dense_layers": (1,)}, {"kv_location": "gpu"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"dense_layers": (1,)}, {"kv_location": "gpu"}, {"kv_dtype": "int8"}, {"kv_dtype": "int4"}]
+)
 def test_across_devices(first: str, second: str, changes: dict[str, Any], model: Path, tmp_path: Path) -> None:
     with make(model, first, **changes) as gen, gen.prefill(DOCUMENT) as session:
         session.save(tmp_path / "book")

@@ -24,6 +24,7 @@ _FIELDS = {
     "recent_tokens": ("N", "Last tokens that are always attended.", ""),
     "dense_layers": ("N,N", "Layers whose K/V stay on the GPU, attended in full, such as 0,1.", "none"),
     "kv_location": ("host|gpu", "Where the K/V are kept.", ""),
+    "kv_dir": ("FOLDER", "Folder for files of K/V, for contexts beyond the host's memory; slower.", "none, in memory"),
     "kv_dtype": ("auto|bf16|fp16|fp32|int8|int4", "dtype of the stored K/V; auto takes fewer bits where it must.", ""),
     "prefetch": (
         "exact|speculative|off",

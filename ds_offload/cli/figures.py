@@ -41,6 +41,8 @@ def figures_line(output: GenerationOutput) -> str:
         parts.append(f"GPU peak {bytes_text(stats['gpu_peak_bytes'])}")
     if stats.get("host_kv_bytes"):
         parts.append(f"KV cache on the host {bytes_text(stats['host_kv_bytes'])}")
+    if stats.get("disk_kv_bytes"):
+        parts.append(f"KV cache in files {bytes_text(stats['disk_kv_bytes'])}")
     return "; ".join(parts)
 
 

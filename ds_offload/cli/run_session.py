@@ -14,7 +14,6 @@ from ds_offload.config import OffloadConfig
 from ds_offload.errors import InputError
 from ds_offload.generator import OffloadedGenerator
 from ds_offload.notices import notice
-from ds_offload.open_session import check_session_config
 from ds_offload.preparation import PreparedModel, room_of
 from ds_offload.prompts import parse_token_ids
 from ds_offload.session import Session
@@ -56,7 +55,6 @@ class SessionRun:
         """
         given = prompt is not None or prompt_file is not None
         text = read_prompt(prompt, prompt_file) if given or self._header is None else None
-        check_session_config(self._config)
         prepared = PreparedModel.find(**dataclasses.asdict(self._model), config=self._config)
         question: str | list[int] = self._question
         if prepared.tokenizer is None:

@@ -57,7 +57,7 @@ def _stored_as(request: Request) -> list[Request]:
 def _device_holds(request: Request, limits: MemoryLimits, streamed: bool) -> bool:
     """Whether what grows with the hot set fits: a store too large for the host is none of its business."""
     short = limits.shortage(request.plan(limits.gpu if streamed else None))
-    return short is None or (limits.gpu is not None and short.place == "host")
+    return short is None or short.place == "disk" or (limits.gpu is not None and short.place == "host memory")
 
 
 def find_changes(request: Request, limits: MemoryLimits) -> list[str] | None:

@@ -89,6 +89,13 @@ def estimate(request: Request, rates: Rates | None) -> Estimate:
         "rows_in_line_per_miss": round(in_line, 3),
         "rows_ahead_per_miss": round(ahead, 3),
     }
+    if shape.kv_on_disk:
+        rows = round(moved / shape.row_bytes)
+        assumptions["times"] = (
+            f"none: each of the {rows:,} rows a token that are not on the device may be a read of the disk, "
+            "and prefill writes all K/V there"
+        )
+        return Estimate(moved, None, None, assumptions)
     if rates is None:
         assumptions["times"] = "none: how fast this device is is not known; --gpu NAME takes published figures"
         return Estimate(moved, None, None, assumptions)

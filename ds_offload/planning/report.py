@@ -74,7 +74,7 @@ class PlanReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. On a CPU the parts are the host's."""
         cuda, config = self.target.cuda, self.request.config
-        host = {"kv": self.plan.host_kv, "total": host_total(self.plan, cuda)}
+        host = {"kv": self.plan.host_kv, "disk": self.plan.disk_kv, "total": host_total(self.plan, cuda)}
         return {
             "model": self.request.source.name,
             "context": self.request.context,
@@ -85,6 +85,7 @@ class PlanReport:
             "host": host if cuda else self.parts | host,
             "gpu_limit": self.target.limits.gpu,
             "host_limit": self.target.limits.host,
+            "disk_limit": self.target.limits.disk,
             "kv_dtype": config.kv_dtype,
             "h2d_bytes_per_token": self.estimate.h2d_bytes_per_token,
             "prefill_s": self.estimate.prefill_s,
@@ -109,6 +110,8 @@ class PlanReport:
         else:
             del rows[-1]
         rows.append((f"host K/V, {request.config.kv_dtype}", memory_text(self.plan.host_kv)))
+        if limits.disk is not None:
+            rows.append((f"disk K/V, {request.config.kv_dtype}", _of(self.plan.disk_kv, limits.disk)))
         rows.append(("host total", _of(host_total(self.plan, self.target.cuda), limits.host)))
         rows.append(("over the link per token", memory_text(estimated.h2d_bytes_per_token)))
         if estimated.prefill_s is not None:
@@ -128,7 +131,7 @@ class PlanReport:
         if short is None:
             return "fits"
         needed, limit = memory_text(short.needed), memory_text(short.limit)
-        line = f"does not fit: {needed} of {short.place} memory are needed and {limit} are there"
+        line = f"does not fit: {needed} of {short.place} are needed and {limit} are there"
         if self.changes:
             return f"{line}; add {' '.join(self.changes)}"
         return f"{line}; no flag makes it fit: choose a smaller model"

@@ -16,7 +16,7 @@ from ds_offload.prefetch.selection import LOOK_AHEAD_PART
 
 @dataclass(frozen=True)
 class Shortage:
-    """What does not fit: bytes needed of "GPU" or "host" memory, and bytes there."""
+    """What does not fit: bytes needed of "GPU memory", "host memory" or "disk", and bytes there."""
 
     place: str
     needed: int
@@ -25,20 +25,25 @@ class Shortage:
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """Bytes that may be taken; of the GPU None where the CPU computes."""
+    """Bytes that may be taken; of the GPU None where the CPU computes, of a disk where K/V are not in files."""
 
     gpu: int | None
     host: int
+    disk: int | None = None
 
     def shortage(self, plan: MemoryPlan) -> Shortage | None:
-        """What of a plan does not fit, the GPU first; None where all does.
+        """What of a plan does not fit, the GPU first, then the host; None where all does.
 
         On a CPU everything counts as host memory.
         """
         if self.gpu is not None and plan.gpu_total > self.gpu:
-            return Shortage("GPU", plan.gpu_total, self.gpu)
+            return Shortage("GPU memory", plan.gpu_total, self.gpu)
         host = host_total(plan, self.gpu is not None)
-        return Shortage("host", host, self.host) if host > self.host else None
+        if host > self.host:
+            return Shortage("host memory", host, self.host)
+        if self.disk is not None and plan.disk_kv > self.disk:
+            return Shortage("disk", plan.disk_kv, self.disk)
+        return None
 
 
 def memory_text(count: int) -> str:
@@ -172,6 +177,7 @@ def _cache_shape(
         prompts=prompts,
         capacities=capacities,
         kv_on_device=kv_on_device,
+        kv_on_disk=config.kv_dir is not None,
         cuda=cuda,
         predicted=config.prefetch == "speculative" and kept > 0 and not everything,
         look_ahead=wide if looks_ahead else 0,

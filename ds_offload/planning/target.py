@@ -57,15 +57,16 @@ def find_target(config: OffloadConfig, device: str, gpu: str | None) -> Target:
     if gpu is None and not (missing and isinstance(config.gpu_memory, int)):
         return _here(config, resolve_device(device))
     host = config.host_memory
+    here = memory_limits(config, torch.device("cpu"))
     if not isinstance(host, int):
-        host = memory_limits(config, torch.device("cpu")).host
+        host = here.host
     asked = config.gpu_memory if isinstance(config.gpu_memory, int) else None
     if gpu is None:
         assert asked is not None
-        return Target("a CUDA device that is not here", True, MemoryLimits(asked, host), None)
+        return Target("a CUDA device that is not here", True, MemoryLimits(asked, host, here.disk), None)
     published = PUBLISHED[gpu.lower()]
     memory = published.memory_bytes if asked is None else min(asked, published.memory_bytes)
-    return Target(published.name, True, MemoryLimits(memory, host), _published_rates(published))
+    return Target(published.name, True, MemoryLimits(memory, host, here.disk), _published_rates(published))
 
 
 def _here(config: OffloadConfig, device: torch.device) -> Target:

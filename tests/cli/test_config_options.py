@@ -22,6 +22,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "recent_tokens": ("0", 0),
     "dense_layers": ("1,0", (0, 1)),
     "kv_location": ("gpu", "gpu"),
+    "kv_dir": ("some folder", "some folder"),
     "kv_dtype": ("fp16", "fp16"),
     "prefetch": ("exact", "exact"),
     "hot_set": ("1.5", 1.5),
@@ -63,8 +64,10 @@ def test_nothing_given_is_the_default() -> None:
 
 
 def test_all_at_once_beside_the_command_s_own_options() -> None:
-    arguments = [part for name, (text, _) in VALUES.items() for part in ("--" + name.replace("_", "-"), text)]
-    assert parse(*arguments, "--file", "x") == OffloadConfig(**{name: value for name, (_, value) in VALUES.items()})
+    # Files are for K/V on the host.
+    together = {name: both for name, both in VALUES.items() if name != "kv_dir"}
+    arguments = [part for name, (text, _) in together.items() for part in ("--" + name.replace("_", "-"), text)]
+    assert parse(*arguments, "--file", "x") == OffloadConfig(**{name: value for name, (_, value) in together.items()})
 
 
 def test_ctx_is_max_context() -> None:

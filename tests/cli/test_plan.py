@@ -25,8 +25,9 @@ def test_json(command: Any) -> None:
     status, result = plan_json(command, "--model", "llama-2-7b", "--ctx", "128k", *H100)
     assert status == 0 and result["fits"] is True and result["changes"] == []
     gpu, host = result["gpu"], result["host"]
-    assert tuple(gpu) == GPU and set(host) == {"kv", "total"}
-    assert all(type(size) is int and size > 0 for size in (*gpu.values(), *host.values()))
+    assert tuple(gpu) == GPU and set(host) == {"kv", "disk", "total"}
+    assert all(type(size) is int and size > 0 for size in (*gpu.values(), host["kv"], host["total"]))
+    assert host["disk"] == 0
     parts = sum(gpu[name] for name in GPU[:-1])
     assert parts - min(gpu["prefill"], gpu["buffers"]) <= gpu["total"] <= parts
     assert gpu["weights"] == 2 * 6_738_415_616

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ds_offload.kernels.kv_codec import RowLayout
 from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.memory.plan import CUDA_RESERVE_BYTES, CacheShape, hot_set_capacity, plan_memory
 from ds_offload.memory.window import AttentionWindow
@@ -213,3 +214,11 @@ def test_later_turns_have_their_workspace() -> None:
     assert dataclasses.replace(continued, prefill=alone.prefill) == alone
     whole = plan_memory(cache_shape(), weights=1)
     assert plan_memory(cache_shape(), weights=1, continued=True) == whole
+
+
+def test_a_copy_of_the_window_is_planned_for_quantised_rows_that_are_continued() -> None:
+    shape = cache_shape(layout=RowLayout(8, 128))
+    alone, continued = (plan_memory(shape, weights=1, continued=later) for later in (False, True))
+    # 4 sinks, 64 recent tokens and the current one, K and V in 16 bits.
+    assert continued.buffers - alone.buffers == 32 * 32 * 69 * 2 * 128 * 2
+    assert dataclasses.replace(continued, buffers=alone.buffers, prefill=alone.prefill) == alone
