@@ -17,7 +17,7 @@ import torch
 # The project's packages, where it is not installed.
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
-from ds_offload.errors import OffloadError
+from ds_offload.errors import InputError
 from ds_offload.loading import find_model, load_tokenizer, load_weights
 from long_context.adapted_llama import AdaptedLlama, AdapterShape
 from long_context.attention_kernels import fastest_attention
@@ -123,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         options.run(options)
-    except OffloadError as error:
+    except InputError as error:
         raise SystemExit(f"error: {error}") from None
 
 

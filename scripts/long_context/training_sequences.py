@@ -16,7 +16,7 @@ from long_context.training_tasks import Turn, key_turn, key_values, keys_turn, p
 # Kinds of tokens, one byte each. From FACT on, digits may be exchanged for others, all of a sequence's in one way.
 PLAIN, TEXT, FACT, ANSWER = 0, 1, 2, 3
 TASKS = ("passkey", "needles", "key-value", "tracing", "key-list")
-LONGEST_SENTENCE = 120
+LONGEST_SENTENCE, SHORTEST_TURN = 120, 32
 _MARKS = "<<first>>", "<<answer>>", "<<second>>"
 
 Pieces = list[tuple[str, int]]
@@ -138,8 +138,9 @@ class SequenceMaker:
         asked = chance.sample(items[:kept], kept)
         turns: list[Turn] = []
         # Many keys in one turn cost fewer tokens each; the evaluation asks for one.
+        share_of_many = chance.choice((0.0, 0.0, 0.06, 0.06, 1.0))
         while asked:
-            many = chance.random() < 0.25
+            many = chance.random() < share_of_many
             taken, asked = (asked[:16], asked[16:]) if many else (asked[:1], asked[1:])
             turns.append(keys_turn(taken) if many else key_turn(*taken[0]))
         turns = self._first(turns, length - int(sizes[kept - 1]))
@@ -147,9 +148,17 @@ class SequenceMaker:
         return self._sequence([(text, FACT)], turns, length)
 
     def _first(self, turns: list[Turn], room: int) -> list[Turn]:
-        """As many of the first turns as fit, one at least."""
-        sizes = np.cumsum([self._turn_size(turn) for turn in turns[: room // 16 + 1]])
-        return turns[: max(1, int(np.searchsorted(sizes, room - self.count(self._frame.opening), side="right")))]
+        """The turns that fit, taken in order, one at least."""
+        room -= self.count(self._frame.opening)
+        taken = []
+        for turn in turns:
+            size = self._turn_size(turn)
+            if size <= room or not taken:
+                taken.append(turn)
+                room -= size
+            if room < SHORTEST_TURN:
+                break
+        return taken
 
     def _size(self, turns: list[Turn]) -> int:
         return self.count(self._frame.opening) + sum(map(self._turn_size, turns))
