@@ -193,6 +193,8 @@ class Trainer:
 
     def _report(self, speed: float) -> None:
         """One line on the steps since the last, and the same to the log."""
+        if not self._pending:
+            return
         counts: Counts = {}
         sums = {"answers": [0.0, 0], "text": [0.0, 0]}
         for length, places, kinds, losses, right in self._pending:
