@@ -2,12 +2,14 @@
 
 prepare DATA.npz --text FOLDER...    tokens of texts and of made-up questions, once, on a CPU
 train DATA.npz FOLDER                trains for --minutes in all; --resume goes on
+merge FOLDER MODEL                   a model to evaluate: --model MODEL
 plot FOLDER PICTURE.png              the loss over the tokens seen
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from importlib import resources
 from pathlib import Path
@@ -20,6 +22,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 from ds_offload.errors import InputError
 from ds_offload.loading import find_model, load_tokenizer, load_weights
 from long_context.adapted_llama import AdaptedLlama, AdapterShape
+from long_context.adapter_files import CHANGES, load_state
 from long_context.attention_kernels import fastest_attention
 from long_context.loss_curve import draw_curve, read_log
 from long_context.trainer import LOG, Plan, Trainer
@@ -76,6 +79,18 @@ def train(options: argparse.Namespace) -> None:
         print(f"at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory")
 
 
+def merge(options: argparse.Namespace) -> None:
+    """Write a model folder with the adapter that training has reached."""
+    loaded = load_weights(find_model(options.model, dtype="fp32"), torch.device("cpu"))
+    changes = json.loads((options.folder / CHANGES).read_text(encoding="utf-8"))
+    shape = AdapterShape(rope_theta=changes["rope_theta"], max_positions=changes["max_position_embeddings"])
+    model = AdaptedLlama.from_model(loaded.model, shape, torch.float32)
+    load_state(model.parameters(), None, options.folder)
+    model.merge_into(loaded.model)
+    loaded.model.to(torch.bfloat16).save_pretrained(options.merged)
+    loaded.tokenizer.save_pretrained(options.merged)
+
+
 def plot(options: argparse.Namespace) -> None:
     """Draw the loss curve."""
     draw_curve(read_log(options.folder / LOG), options.picture)
@@ -113,6 +128,10 @@ def main() -> None:
     command.add_argument("--rope-theta", type=float, default=AdapterShape.rope_theta)
     command.add_argument("--max-positions", type=int, default=AdapterShape.max_positions)
     command.add_argument("--checkpoint-from", type=int, default=AdaptedLlama.checkpoint_from, help="tokens")
+    command = commands.add_parser("merge", help="write a model folder with the adapter in its weights")
+    command.set_defaults(run=merge)
+    command.add_argument("folder", type=Path)
+    command.add_argument("merged", type=Path)
     for command in commands.choices.values():
         command.add_argument("--model", default="smollm2-135m")
         command.add_argument("--seed", type=int, default=Plan.seed)

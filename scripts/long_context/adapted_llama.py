@@ -159,10 +159,10 @@ class AdaptedLlama:
             first = [linear[kind][layer] for kind in ("q_proj", "k_proj", "v_proj")]
             inputs = (state, cos, sin, norms["input_layernorm"][layer], *first, self.config.head_dim, eps)
             query, key, value = _run(self._before, inputs, saves)
-            heads = [part.view(batch, length, -1, self.config.head_dim).transpose(1, 2) for part in (query, key, value)]
-            groups = heads[0].shape[1] // heads[1].shape[1]
+            groups = query.shape[1] // key.shape[1]
             # Repeated by hand: every kernel takes that, and some take no other.
-            heads[1:] = [part.repeat_interleave(groups, 1) for part in heads[1:]]
+            repeated = (query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+            heads = [part.view(batch, length, *part.shape[1:]).transpose(1, 2) for part in repeated]
             mixed = self.attention(*heads).transpose(1, 2).reshape(batch * length, -1)
             last = [linear[kind][layer] for kind in ("o_proj", "gate_proj", "up_proj", "down_proj")]
             inputs = (state, mixed, norms["post_attention_layernorm"][layer], *last, eps)
@@ -186,7 +186,13 @@ class AdaptedLlama:
         for first in range(0, len(targets), LOGIT_ROWS):
             rows = slice(first, first + LOGIT_ROWS)
             part, loss, hits = checkpoint(
-                _chunk_loss, hidden[rows], self.embedding, targets[rows], weights[rows], use_reentrant=False
+                _chunk_loss,
+                hidden[rows],
+                self.embedding,
+                targets[rows],
+                weights[rows],
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
             total = total + part
             losses.append(loss)
@@ -203,7 +209,7 @@ class AdaptedLlama:
 
 
 def _run(step: Callable[..., Any], inputs: tuple[Any, ...], saves: bool) -> Any:
-    return checkpoint(step, *inputs, use_reentrant=False) if saves else step(*inputs)
+    return checkpoint(step, *inputs, use_reentrant=False, preserve_rng_state=False) if saves else step(*inputs)
 
 
 def _before_attention(

@@ -48,7 +48,7 @@ class Plan:
 
     minutes: float = 10.0
     steps: int | None = None
-    rate: float = 1e-3
+    rate: float = 1.5e-3
     warmup: int = 30
     step_tokens: int = 16_384
     skipped: float = 0.5
@@ -138,7 +138,7 @@ class Trainer:
         hidden = self.model.hidden(ids, torch.from_numpy(positions).to(self._device)).flatten(0, 1)
         at = torch.from_numpy(places).to(self._device)
         targets, scale = ids.flatten()[at], torch.from_numpy(weights).to(self._device)
-        loss, losses, right = self.model.losses(hidden[at - 1], targets, scale)
+        loss, losses, right = self.model.losses(hidden.index_select(0, at - 1), targets, scale)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), 1.0)
         rate = plan.rate * min(1.0, (step + 1) / plan.warmup) * _decayed(self.done)

@@ -110,14 +110,16 @@ class SequenceMaker:
 
     def prose(self, length: int, chance: random.Random) -> tuple[np.ndarray, np.ndarray]:
         """Facts in prose and questions about them."""
-        named = round(4 * 2 ** chance.uniform(0, np.log2(max(8, min(length / 40, 400)) / 4)))
-        facts, turns = prose_facts(chance, named, chains=chance.choice((0, 3, 3, 3 + length // 8192)))
+        named = round(8 * 2 ** chance.uniform(0, np.log2(max(16, min(length / 40, 400)) / 8)))
+        while True:
+            facts, turns = prose_facts(chance, named, chains=chance.choice((0, 3, 3, 3 + length // 8192)))
+            # Questions take at most half of the sequence.
+            turns = self._first(turns, length // 2 if length < 16_384 else length // 3)
+            room = length - self._size(turns) - sum(self.count(f" {fact}") for fact in facts)
+            if room >= length // 8:
+                break
+            named = max(1, named // 2)
         in_order = chance.random() < 0.5
-        # Questions take at most half of the sequence.
-        turns = self._first(turns, length // 2 if length < 16_384 else length // 4)
-        room = length - self._size(turns) - sum(self.count(f" {fact}") for fact in facts)
-        if room < length // 8:
-            return self.prose(length, chance)
         hay: Pieces = [
             (line, TEXT if in_order else PLAIN) for line in chance.choice(self._prose).fill(room, chance, in_order)
         ]
@@ -131,7 +133,7 @@ class SequenceMaker:
         """A list of keys and values, and questions: keys one at a time, or many at once."""
         pairs = key_values(chance, length // 8)
         items = list(pairs.items())
-        share = chance.uniform(0.35, 0.7) if length < 16_384 else chance.uniform(0.75, 0.9)
+        share = chance.uniform(0.35, 0.65) if length < 16_384 else chance.uniform(0.65, 0.85)
         lines = [f"{key}: {value}\n" for key, value in items]
         sizes = np.cumsum([len(ids) for ids in self._tokenizer(lines)["input_ids"]])
         kept = max(2, int(np.searchsorted(sizes, share * length)))
