@@ -15,5 +15,5 @@ for folder in FOLDERS:
 setup(
     packages=sorted(p for p in packages if "__pycache__" not in p),
     package_dir=package_dir,
-    package_data={"ds_offload": ["data/*", "py.typed"]},
+    package_data={"ds_offload": ["data/*", "data/*/*", "py.typed"]},
 )

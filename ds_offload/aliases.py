@@ -9,6 +9,10 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 DEFAULT_MODEL = "smollm2-135m"
+# The default model with the adapter that ships with the package.
+LONG_MODEL = "smollm2-135m-64k"
+# Both need no hub, and are float32 as they are made.
+SHIPPED_MODELS = (DEFAULT_MODEL, LONG_MODEL)
 
 
 @dataclass(frozen=True)
@@ -74,26 +78,27 @@ def _llama31(layers: int, hidden: int, heads: int, intermediate: int) -> dict[st
     }
 
 
+def _smollm2(positions: int, theta: float) -> dict[str, Any]:
+    return {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": positions,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": _rope(theta),
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+
+
 ALIASES = {
-    DEFAULT_MODEL: Alias(
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "llama",
-        {
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "max_position_embeddings": 8192,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": _rope(100000.0),
-            "tie_word_embeddings": True,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 2,
-        },
-    ),
+    DEFAULT_MODEL: Alias("HuggingFaceTB/SmolLM2-135M-Instruct", "llama", _smollm2(8192, 100000.0)),
+    LONG_MODEL: Alias("HuggingFaceTB/SmolLM2-135M-Instruct", "llama", _smollm2(65536, 2500000.0)),
     "llama-2-7b": Alias("meta-llama/Llama-2-7b-chat-hf", "llama", _llama2(32, 4096, 32, 32, 11008)),
     "llama-2-13b": Alias("meta-llama/Llama-2-13b-chat-hf", "llama", _llama2(40, 5120, 40, 40, 13824)),
     "llama-2-70b": Alias("meta-llama/Llama-2-70b-chat-hf", "llama", _llama2(80, 8192, 64, 8, 28672)),

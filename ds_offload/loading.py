@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ds_offload.aliases import ALIASES, DEFAULT_MODEL
+from ds_offload.adapter import change_config, merge_adapter
+from ds_offload.aliases import ALIASES, LONG_MODEL, SHIPPED_MODELS
 from ds_offload.byte_tokenizer import BYTES, ByteTokenizer
 from ds_offload.checkpoint_folder import one_line, read_config, read_tokenizer, stored_dtype, weight_files
 from ds_offload.default_model import default_model_folder
@@ -29,6 +30,9 @@ from ds_offload.model_shape import ModelShape
 from ds_offload.notices import warn
 from ds_offload.rope_scaling import apply_rope_scaling
 
+# What makes the default model the long one.
+ADAPTER = Path(__file__).parent / "data" / LONG_MODEL
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -41,6 +45,7 @@ class ModelSource:
         config: The checkpoint's config, with the user's RoPE scaling applied.
         shape: Its sizes.
         dtype: What the weights will be loaded as.
+        adapter: Folder of an adapter that is merged into the weights.
     """
 
     name: str
@@ -49,6 +54,7 @@ class ModelSource:
     config: PreTrainedConfig
     shape: ModelShape
     dtype: torch.dtype
+    adapter: Path | None = None
 
 
 @dataclass
@@ -116,9 +122,12 @@ def _locate(name: str, dummy: bool) -> tuple[str, PreTrainedConfig]:
     alias = ALIASES.get(name)
     if alias is not None and dummy:
         return "", alias.config()
-    if name == DEFAULT_MODEL:
+    if name in SHIPPED_MODELS:
         folder = default_model_folder()
-        return str(folder), _config_in_folder(folder, name)
+        config = _config_in_folder(folder, name)
+        if name == LONG_MODEL:
+            change_config(config, ADAPTER)
+        return str(folder), config
     hub_id = alias.hub_id if alias is not None else name
     if not is_hub_id(hub_id):
         raise LoadError(f"model {name!r} is not known; {THREE_WAYS} (aliases: {', '.join(ALIASES)})")
@@ -188,7 +197,10 @@ def find_model(
             shape = ModelShape.from_config(config)
         except Exception as error:
             raise LoadError(f"the config of {name} describes no sound model: {one_line(error)}") from error
-    return ModelSource(name, "" if dummy else location, load_format, config, shape, chosen)
+    adapted = name == LONG_MODEL and not dummy and not _looks_like_path(name)
+    return ModelSource(
+        name, "" if dummy else location, load_format, config, shape, chosen, ADAPTER if adapted else None
+    )
 
 
 def _load_folder(folder: Path, source: ModelSource) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -242,7 +254,10 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | ByteTokeniz
     with _quiet_transformers():
         if source.location.endswith(".gguf"):
             return read_gguf_tokenizer(Path(source.location), source.config)
-        return read_tokenizer(_checkpoint_folder(source))
+        tokenizer = read_tokenizer(_checkpoint_folder(source))
+        if source.adapter is not None and tokenizer is not None:
+            tokenizer.model_max_length = source.config.max_position_embeddings
+        return tokenizer
 
 
 def _checkpoint_folder(source: ModelSource) -> Path:
@@ -270,6 +285,8 @@ def load_weights(
         else:
             model, info = _load_folder(_checkpoint_folder(source), source)
         _check_complete(source, info)
+        if source.adapter is not None:
+            merge_adapter(model, source.adapter)
     # On the CPU first: transformers places weights on a device by itself only with accelerate.
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it, and the wrapper hides its signature
     model.eval().requires_grad_(False)

@@ -10,6 +10,7 @@ from ds_offload.loading import find_model
 # parameters, layers, heads, KV heads, head size, trained context: as published
 PUBLISHED = {
     "smollm2-135m": (134_515_008, 30, 9, 3, 64, 8192),
+    "smollm2-135m-64k": (134_515_008, 30, 9, 3, 64, 65536),
     "llama-2-7b": (6_738_415_616, 32, 32, 32, 128, 4096),
     "llama-2-13b": (13_015_864_320, 40, 40, 40, 128, 4096),
     "llama-2-70b": (68_976_648_192, 80, 64, 8, 128, 4096),

@@ -78,8 +78,8 @@ def editable(tree: Path) -> Path:
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     info = f"ds_offload-{ds_offload.__version__}.dist-info/"
-    data = {f"ds_offload/data/{path.name}" for path in (ROOT / "ds_offload" / "data").iterdir()}
-    assert "ds_offload/data/calibration.txt" in data
+    data = {str(path.relative_to(ROOT)) for path in (ROOT / "ds_offload" / "data").rglob("*") if path.is_file()}
+    assert {"ds_offload/data/calibration.txt", "ds_offload/data/smollm2-135m-64k/adapter_model.safetensors"} <= data
     assert "ds_offload/kernels/gather.py" in names
     expected = set(sources(ROOT)) | data | {"ds_offload/py.typed"}
     assert {name for name in names if not name.startswith(info)} == expected

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from ds_offload.aliases import ALIASES, DEFAULT_MODEL
+from ds_offload.aliases import ALIASES, SHIPPED_MODELS
 from ds_offload.config import OffloadConfig
 from ds_offload.dtypes import dtype_name
 from ds_offload.families import check_supported
@@ -138,7 +138,7 @@ class PlanReport:
 
     def _dtype_assumption(self) -> dict[str, str]:
         name = self.request.source.name
-        if self.request.source.load_format != "dummy" or name == DEFAULT_MODEL:
+        if self.request.source.load_format != "dummy" or name in SHIPPED_MODELS:
             return {}
         dtype = dtype_name(self.request.source.dtype)
         return {"dtype": f"{dtype}, of a shape whose checkpoint was not read; --dtype says another"}
@@ -152,7 +152,7 @@ def find_source(name: str, load_format: str, dtype: str, rope_scaling: str | Non
     """
     if name in ALIASES and load_format == "auto" and not os.path.exists(name):
         load_format = "dummy"
-        if name == DEFAULT_MODEL and dtype == "auto":
+        if name in SHIPPED_MODELS and dtype == "auto":
             # As it is converted (`default_model.py`).
             dtype = "fp32"
     return find_model(name, load_format=load_format, dtype=dtype, rope_scaling=rope_scaling)
