@@ -190,9 +190,10 @@ class KVContext:
             self.store.close()
             self._dense.clear()
 
-    def reserve(self, sequence: int, tokens: int) -> None:
-        """Make room for `tokens` tokens of `sequence`."""
-        self.store.reserve(sequence, tokens)
+    def reserve(self, sequence: int, tokens: int, layer: int | None = None, start: int = 0) -> None:
+        """Make room for tokens `start` to `tokens` of `sequence`, in one layer or in all, and wait for it."""
+        if layer is None or layer not in self._dense_layers:
+            self.store.reserve(sequence, tokens, layer, start)
         if self._dense_layers:
             self._dense[sequence].reserve(0, tokens)
 
@@ -202,16 +203,13 @@ class KVContext:
         Room on the device is made at once: it is zeroed in front of what a prefill hands over.
         """
         self.store.prepare(sequence, tokens)
-        if self.hot_set is None:
-            self.store.reserve(sequence, tokens)
         if self._dense_layers:
             self._dense[sequence].reserve(0, tokens)
 
-    def has_room(self, sequence: int, tokens: int) -> bool:
-        """Whether `tokens` tokens of `sequence` have their place."""
-        return self.store.has_room(sequence, tokens) and all(
-            dense.has_room(0, tokens) for dense in self._dense[sequence : sequence + 1]
-        )
+    def has_room(self, sequence: int, tokens: int, layer: int) -> bool:
+        """Whether rows of the first `tokens` tokens of `sequence` may be written to `layer` without waiting."""
+        store, number = self._store_of(layer, sequence)
+        return store.has_room(number, tokens, layer)
 
     def write_prompt(self, layer: int, sequence: int, rows: Tensor, *, start: int, staging: int) -> None:
         """Take rows `[Hkv, n, 2, D]` of tokens `start` to `start + n`, made as the hand-over `kv` of that layer.

@@ -145,8 +145,8 @@ class _Prefill:
                 rows[:, chunk, 0] = key.transpose(0, 1)
                 rows[:, chunk, 1] = value.transpose(0, 1)
         self._unwritten.append((layer, first, rows, self._turn))
-        # While segments are still being pinned, the device gets as much as it can do without them.
-        if context.has_room(self._sequence, first + length):
+        # While the layer's part of the store is still being pinned, the device gets as much as it can do without it.
+        if context.has_room(self._sequence, first + length, layer):
             self.write()
         if first:
             assert self._stored is not None
@@ -169,7 +169,7 @@ class _Prefill:
         for layer, first, rows, staging in self._unwritten:
             for begin in range(0, rows.shape[1], step):
                 part = rows[:, begin : begin + step]
-                context.reserve(self._sequence, first + begin + part.shape[1])
+                context.reserve(self._sequence, first + begin + part.shape[1], layer, first + begin)
                 context.write_prompt(layer, self._sequence, part, start=first + begin, staging=staging)
         self._unwritten.clear()
 
