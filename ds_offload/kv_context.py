@@ -19,6 +19,7 @@ from ds_offload.kernels.new_token import HeadNorms, new_token
 from ds_offload.kernels.slot_attention import slot_attention
 from ds_offload.kernels.sparse_attention import sparse_attention
 from ds_offload.memory.hot_set import HotSet
+from ds_offload.memory.kept_blocks import KeptBlocks
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.label_cache import LabelCache
 from ds_offload.memory.pinned_pool import PinnedPool
@@ -59,6 +60,7 @@ class KVContext:
         config: Resolved for the model.
         capacities: Most tokens (prompt and answer) of each sequence.
         faults: For the tests of the hand-overs.
+        kept: Where the store's page-locked blocks come from and go to; None: the system.
 
     Attributes:
         attended: Of every layer in the store, its attention in the last step. The step's own tensors
@@ -72,6 +74,7 @@ class KVContext:
         calibration: Calibration,
         capacities: list[int],
         faults: Faults | None = None,
+        kept: KeptBlocks | None = None,
     ) -> None:
         self.window = AttentionWindow(config.sink_tokens, config.recent_tokens)
         self.streams = Streams(decoder.device, faults)
@@ -84,7 +87,8 @@ class KVContext:
         self.layers = decoder.layers
         self._device = decoder.device
         self._dense_layers = frozenset(config.dense_layers)
-        self._pool = PinnedPool(decoder.device, _PAGEABLE_COST)
+        self._kept = kept
+        self._pool = PinnedPool(decoder.device, _PAGEABLE_COST, kept)
         sequences, longest = len(capacities), max(capacities)
         offloaded = [n for n in range(decoder.layers) if n not in self._dense_layers]
         rows = RowFormat.of(config.kv_dtype, decoder.dtype, decoder.head_dim)
@@ -168,8 +172,9 @@ class KVContext:
     def __enter__(self) -> KVContext:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # A stream that is closed early is no error.
+        self.close(keep=error is None or issubclass(error, GeneratorExit))
 
     @property
     def pinned_bytes(self) -> int:
@@ -181,11 +186,17 @@ class KVContext:
         """Host bytes of the store, page-locked or not."""
         return self._pool.nbytes
 
-    def close(self) -> None:
-        """Wait for the device, then free everything on host and device."""
+    def close(self, keep: bool = True) -> None:
+        """Wait for the device, then free everything on host and device; page-locked blocks go to `kept`.
+
+        Args:
+            keep: False, after an error: they go back to the system, and what was kept before, too.
+        """
         try:
-            self._pool.close()
+            self._pool.close(keep)
         finally:
+            if not keep and self._kept is not None:
+                self._kept.release()
             self.attended.clear()
             self.store.close()
             self._dense.clear()

@@ -31,17 +31,15 @@ class KeptBlocks:
     def take(self, layout: BlockLayout, count: int) -> list[HostBlock]:
         """Up to `count` blocks of a layout. Those of another one are released: they are of no use to this call."""
         self._release([block for block in self._blocks if block.layout != layout])
-        taken = self._blocks[:count]
-        del self._blocks[:count]
+        taken = [block for block in self._blocks if block.layout == layout][:count]
+        for block in taken:
+            self._blocks.remove(block)
         return taken
 
     def trim(self, most: int) -> None:
         """Release blocks until at most `most` bytes are kept."""
-        over = max(0, self.nbytes - most)
-        while over > 0:
-            block = self._blocks[-1]
-            over -= block.size
-            self._release([block])
+        while self._blocks and self.nbytes > most:
+            self._release(self._blocks[-1:])
 
     def release(self) -> None:
         """Give all of it back."""

@@ -123,6 +123,7 @@ def test_staged_answers_on_a_gpu(
     with make(tmp_path, "cuda", prefetch=prefetch) as gen:
         expected, stats = answers(gen)
         before = torch.cuda.memory_allocated()
+        gen.kept.release()
         driver = RefusingDriver(REFUSED[refused], ring)
         monkeypatch.setattr(page_locking, "lock_pages", driver.register)
         monkeypatch.setattr(page_locking, "unlock_pages", driver.unregister)
@@ -130,6 +131,7 @@ def test_staged_answers_on_a_gpu(
         found, staged_stats = answers(gen)
         said = [line for line in capsys.readouterr().err.splitlines() if "refused to page-lock" in line]
         assert found == expected
+        gen.kept.release()
         assert driver.held == {} and torch.cuda.memory_allocated() == before
         assert len(said) == 1 and "CUDA error 2" in said[0] and "no CUDA graph" in said[0] and "ulimit -l" in said[0]
         assert (staged_stats["graph_capture_s"] is None) == (refused != "while decoding")
@@ -176,6 +178,7 @@ def test_a_streamed_prefill_reads_pageable_rows_back(
     monkeypatch.setattr("ds_offload.memory.plan.prefill_mode", lambda shape, room: "streamed")
     with make(tmp_path, "cuda", max_context=32_768, segment_tokens=1024) as gen:
         expected = gen.generate(prompt, max_new_tokens=16).token_ids
+        gen.kept.release()
         driver = RefusingDriver(lambda n: n >= 5, ring)
         monkeypatch.setattr(page_locking, "lock_pages", driver.register)
         monkeypatch.setattr(page_locking, "unlock_pages", driver.unregister)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fake_driver import FakeDriver
 
+from ds_offload.memory.host_block import PAGE
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.pinned_pool import PinnedPool
 
@@ -149,6 +151,32 @@ def test_segments_that_turn_pageable_lose_their_address() -> None:
         for layer, expected in ((0, rows), (2, rows * 2)):
             store.gather(layer, tokens, tokens, out)
             assert torch.equal(out[0], expected)
+        store.close()
+
+
+@pytest.mark.parametrize("taken", range(17))
+def test_rows_survive_a_refusal_between_two_layers(taken: int, driver: FakeDriver) -> None:
+    """Two pages a layer, two layers and four segments; the driver takes so many pages."""
+    driver.refuses = lambda size, held: held + size > taken * PAGE
+    tokens = 2 * PAGE // (2 * DIM * 4)
+    length = 4 * tokens - 5
+    with PinnedPool(torch.device("cuda", 0), "said once") as pool:
+        store = KVStore(
+            layers=[0, 1], sequences=1, kv_heads=1, head_dim=DIM, dtype=torch.float32, device=CPU, pool=pool,
+            segment_tokens=tokens, max_tokens=length,
+        )  # fmt: skip
+        rows = torch.randn(2, 1, length, 2, DIM)
+        store.prepare(0, length)
+        for layer in range(2):
+            store.reserve(0, length, layer)
+            store.write_prompt(layer, 0, 0, rows[layer])
+        store.reserve(0, length)
+        whole = taken // 4
+        assert pool.pinned_bytes == sum(driver.registered.values()) == whole * 4 * PAGE
+        known = [bool(address) for address in store.table.addresses[0, :4]]
+        assert known == [True] * whole + [False] * (4 - whole) and store.staged == (whole < 4)
+        for layer in range(2):
+            assert torch.equal(torch.cat(list(store.parts(layer, 0, 0, length))), rows[layer, 0])
         store.close()
 
 

@@ -9,64 +9,22 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from fake_driver import FakeDriver
 
 from ds_offload.errors import MemoryPlanError
 from ds_offload.machine.host_memory import memlock_limit
-from ds_offload.memory import host_block, page_locking, pinned_pool, preparation
+from ds_offload.memory import host_block, page_locking, preparation
 from ds_offload.memory.host_block import PAGE, HostBlock
 from ds_offload.memory.pinned_pool import PinnedPool
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 MIB = 1 << 20
-
-
-class FakeDriver:
-    """Keeps what is registered, and refuses what `refuses(size, held)` says."""
-
-    def __init__(self) -> None:
-        self.registered: dict[int, int] = {}
-        self.threads: list[str] = []
-        self.synchronized = 0
-        self.refuses: Callable[[int, int], bool] = lambda size, held: False
-        self.most = 0
-
-    def lock(self, device: torch.device, address: int, size: int) -> int:
-        assert device == CUDA and address % PAGE == 0 and size % PAGE == 0 and size > 0
-        self.threads.append(threading.current_thread().name)
-        if self.refuses(size, sum(self.registered.values())):
-            return 2
-        for start, length in self.registered.items():
-            assert address + size <= start or start + length <= address, "registered twice"
-        self.registered[address] = size
-        self.most = max(self.most, sum(self.registered.values()))
-        return 0
-
-    def unlock(self, device: torch.device, address: int) -> None:
-        assert self.registered.pop(address, None), "was not registered"
-
-    def synchronize(self, device: torch.device) -> None:
-        self.synchronized += 1
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
-    """A driver in the place of CUDA's; no test may leave anything registered."""
-    fake = FakeDriver()
-    monkeypatch.setattr(page_locking, "lock_pages", fake.lock)
-    monkeypatch.setattr(page_locking, "unlock_pages", fake.unlock)
-    monkeypatch.setattr(page_locking, "synchronize", fake.synchronize)
-    monkeypatch.setattr(pinned_pool, "place_near", lambda device, address, size: None)
-    monkeypatch.setattr(host_block, "SMALLEST_PIECE", 4 * PAGE)
-    monkeypatch.setattr(host_block, "PART_BYTES", 2 * PAGE)
-    yield fake
-    assert fake.registered == {}
 
 
 @pytest.mark.parametrize("nbytes", [1, 3, PAGE, 5 * PAGE + 7])
