@@ -13,6 +13,7 @@ from ds_offload.kv_context import KVContext
 from ds_offload.memory.workspace import WRITTEN_SEGMENTS, chunk_tokens, piece_tokens
 from ds_offload.prefill_attention import causal_attention_, piece_attention_
 from ds_offload.prefill_checkpoint import PrefillCheckpoint
+from ds_offload.prefill_layers import PrefillLayers
 from ds_offload.prefill_pace import Pace
 from ds_offload.prefill_pace import ProgressCallback as ProgressCallback
 from ds_offload.stored_blocks import StoredBlocks
@@ -99,6 +100,7 @@ class _Prefill:
         pace: Pace,
     ) -> None:
         self._decoder, self._context, self._sequence = decoder, context, sequence
+        self._layers = PrefillLayers(decoder)
         self._ids, self._start, self._states, self._pace = ids, start, states, pace
         length, device = len(ids), decoder.device
         size = min(length, piece_tokens(decoder.heads, decoder.head_dim)) if streamed or start else length
@@ -140,10 +142,8 @@ class _Prefill:
         context.streams.wait("prompt_rows", self._turn)
         with context.streams.producing("kv", layer):
             for chunk in chunks:
-                query, key, value = decoder.project_qkv(layer, hidden[chunk], (cos[chunk], sin[chunk]))
-                queries[chunk] = query
-                rows[:, chunk, 0] = key.transpose(0, 1)
-                rows[:, chunk, 1] = value.transpose(0, 1)
+                rope = cos[chunk], sin[chunk]
+                self._layers.project(layer, hidden[chunk], rope, queries[chunk], rows[:, chunk])
         self._unwritten.append((layer, first, rows, self._turn))
         # While the layer's part of the store is still being pinned, the device gets as much as it can do without it.
         if context.has_room(self._sequence, first + length, layer):
@@ -155,7 +155,7 @@ class _Prefill:
         else:
             causal_attention_(queries, rows, decoder.scaling, pace.attended)
         for chunk in chunks:
-            hidden[chunk] = decoder.finish_layer(layer, hidden[chunk], queries[chunk].flatten(1))
+            self._layers.finish_(layer, hidden[chunk], queries[chunk].flatten(1))
             pace.projected(chunk.stop - chunk.start)
         if len(self._pieces) > 1:
             # The next piece reads these rows back.
