@@ -137,8 +137,7 @@ class _Prefill:
         queries, rows = self._queries[:length], self._staging[self._turn][:, :length]
         chunks = [slice(begin, min(begin + self._step, length)) for begin in range(0, length, self._step)]
         cos, sin = self._rope or self._turned(piece)
-        if any(staging == self._turn for *_, staging in self._unwritten):
-            self.write()
+        self.write((self._turn,))
         context.streams.wait("prompt_rows", self._turn)
         with context.streams.producing("kv", layer):
             for chunk in chunks:
@@ -146,8 +145,7 @@ class _Prefill:
                 self._layers.project(layer, hidden[chunk], rope, queries[chunk], rows[:, chunk])
         self._unwritten.append((layer, first, rows, self._turn))
         # While the layer's part of the store is still being pinned, the device gets as much as it can do without it.
-        if context.has_room(self._sequence, first + length, layer):
-            self.write()
+        self.write(())
         if first:
             assert self._stored is not None
             earlier = self._stored.layer(layer, first, 1 - self._turn)
@@ -162,16 +160,22 @@ class _Prefill:
             self.write()
         self._turn = 1 - self._turn
 
-    def write(self) -> None:
-        """Hand all rows that have not left yet to the writer, as soon as there is room for them."""
+    def write(self, awaited: tuple[int, ...] = (0, 1)) -> None:
+        """Hand rows that have not left yet to the writer, where there is room for them.
+
+        For rows in the staging buffers `awaited` the host waits until there is.
+        """
         context = self._context
         step = WRITTEN_SEGMENTS * context.store.table.segment_tokens
-        for layer, first, rows, staging in self._unwritten:
+        waiting, self._unwritten = self._unwritten, []
+        for layer, first, rows, staging in waiting:
+            if staging not in awaited and not context.has_room(self._sequence, first + rows.shape[1], layer):
+                self._unwritten.append((layer, first, rows, staging))
+                continue
             for begin in range(0, rows.shape[1], step):
                 part = rows[:, begin : begin + step]
                 context.reserve(self._sequence, first + begin + part.shape[1], layer, first + begin)
                 context.write_prompt(layer, self._sequence, part, start=first + begin, staging=staging)
-        self._unwritten.clear()
 
     def _turned(self, piece: slice) -> Rope:
         """RoPE of a piece; its frequencies are those of the whole sequence where they depend on the length."""
