@@ -36,7 +36,7 @@ class DecodeLayers:
             decoder.device.type == "cuda"
             and sequences <= MAX_ROWS
             and decoder.dtype in FLOATS
-            and all(_is_plain(block) for block in self._blocks)
+            and all(is_plain(block) for block in self._blocks)
         )
         if decoder.device.type == "cuda" and sequences > MAX_ROWS:
             notice(f"{sequences} sequences decode with the model's own layers; up to {MAX_ROWS} have faster ones")
@@ -61,9 +61,7 @@ class DecodeLayers:
 
     def head_norms(self, layer: int) -> HeadNorms | None:
         """The norms of every head's query and key, where the model has them."""
-        attention = self._blocks[layer].self_attn
-        norm = getattr(attention, "q_norm", None)
-        return HeadNorms(norm.weight, attention.k_norm.weight, _epsilon(norm)) if norm is not None else None
+        return head_norms(self._blocks[layer].self_attn)
 
     def finish(self, layer: int, hidden: Tensor, attention: Tensor) -> Tensor:
         """The layer's output `[N, hidden]` from its input and its attention `[N, H * D]`."""
@@ -72,9 +70,7 @@ class DecodeLayers:
         block = self._blocks[layer]
         hidden = self._linear(attention, [block.self_attn.o_proj], None, hidden)
         norm = block.post_attention_layernorm
-        inner = gated_linear(
-            hidden, block.mlp.gate_proj.weight, block.mlp.up_proj.weight, (norm.weight, _epsilon(norm))
-        )
+        inner = gated_linear(hidden, block.mlp.gate_proj.weight, block.mlp.up_proj.weight, (norm.weight, epsilon(norm)))
         return self._linear(inner, [block.mlp.down_proj], None, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -83,7 +79,7 @@ class DecodeLayers:
         if not self.fused:
             return self._decoder.logits(hidden)
         out = torch.empty(len(hidden), head.out_features, dtype=torch.float32, device=hidden.device)
-        return skinny_linear(hidden, [head.weight], [head.bias], (norm.weight, _epsilon(norm)), out=out)
+        return skinny_linear(hidden, [head.weight], [head.bias], (norm.weight, epsilon(norm)), out=out)
 
     @staticmethod
     def _linear(x: Tensor, modules: list[Any], norm: Any, residual: Tensor | None = None) -> Tensor:
@@ -91,16 +87,23 @@ class DecodeLayers:
             x,
             [module.weight for module in modules],
             [module.bias for module in modules],
-            (norm.weight, _epsilon(norm)) if norm is not None else None,
+            (norm.weight, epsilon(norm)) if norm is not None else None,
             residual,
         )
 
 
-def _epsilon(norm: Any) -> float:
+def head_norms(attention: Any) -> HeadNorms | None:
+    """The norms of every head's query and key, where an attention module has them."""
+    norm = getattr(attention, "q_norm", None)
+    return HeadNorms(norm.weight, attention.k_norm.weight, epsilon(norm)) if norm is not None else None
+
+
+def epsilon(norm: Any) -> float:
+    """What an RMSNorm adds to the mean square."""
     return norm.variance_epsilon
 
 
-def _is_plain(block: Any) -> bool:
+def is_plain(block: Any) -> bool:
     """Whether a decoder layer's MLP is SwiGLU of linear modules without biases."""
     parts = [getattr(block.mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if not all(isinstance(part, nn.Linear) and part.bias is None for part in parts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from ds_offload.errors import InputError
 from ds_offload.generation import GenerationOutput, Sequence
 from ds_offload.kv_context import KVContext
 from ds_offload.loading import LoadedModel
+from ds_offload.memory.kept_blocks import KeptBlocks
 from ds_offload.memory.plan import MemoryPlan
-from ds_offload.memory_check import check_request, settle_config
+from ds_offload.memory_check import check_request, memory_limits, settle_config
 from ds_offload.monitor import FidelityMonitor
 from ds_offload.notices import notice, warn
 from ds_offload.open_session import load_session, read_document
@@ -45,6 +47,7 @@ class OffloadedGenerator:
         loaded: Model, tokenizer and where they came from.
         last_output: What the last `stream` gave, once it has ended.
         faults: For the tests of the hand-overs.
+        kept: Page-locked memory that one call leaves for the next; its `release` gives it back.
     """
 
     def __init__(self, loaded: LoadedModel, config: OffloadConfig, faults: Faults | None = None) -> None:
@@ -54,6 +57,9 @@ class OffloadedGenerator:
         self.decoder = DecoderStack(loaded.model)
         self.last_output: GenerationOutput | None = None
         self.faults = faults
+        self.kept = KeptBlocks()
+        # Where nobody calls `close`.
+        weakref.finalize(self, self.kept.close)
         self._calibration: Calibration | None = None
         # Said once the first prompt has passed its checks: a refused one ends in one line.
         self._announcements: list[str] = []
@@ -113,7 +119,8 @@ class OffloadedGenerator:
         self.close()
 
     def close(self) -> None:
-        """Let go of the weights."""
+        """Let go of the weights, and of the memory that calls left for the next one."""
+        self.kept.close()
         del self.decoder
         del self.loaded
         if torch.cuda.is_available():
@@ -236,7 +243,7 @@ class OffloadedGenerator:
         if folder is not None and len(sequences) == 1:
             self._settle(lengths, capacities, False)
             if self.config.kv_dtype in QUANTISED_BITS:
-                check_request(self.loaded, self.config, lengths, capacities)
+                check_request(self.loaded, self.config, lengths, capacities, kept=self.kept.nbytes)
                 calibration = self.calibrated(sequences[0].prompt)
         prompts = [sequence.prompt for sequence in sequences]
         return PrefillCheckpoint.of(folder, prompts, self.loaded.model, self.config, calibration)
@@ -252,8 +259,8 @@ class OffloadedGenerator:
         given = {} if kv_dtype is None else {"kv_dtype": kv_dtype}
         asked = dataclasses.replace(self.config, **self._open | given)
         source, device = self.loaded.source, self.loaded.device
-        before = self.config.kv_dtype
-        self.config = settle_config(source, asked, device, lengths, capacities, weight_bytes(source), continued)
+        before, kept = self.config.kv_dtype, self.kept.nbytes
+        self.config = settle_config(source, asked, device, lengths, capacities, weight_bytes(source), continued, kept)
         stored, own = self.config.kv_dtype, dtype_name(source.dtype)
         if asked.kv_dtype == "auto" and stored not in (before, own):
             self._announcements.append(f"K/V are stored as {stored}: as {own} they do not fit the memory that is there")
@@ -272,7 +279,11 @@ class OffloadedGenerator:
             kv_dtype: What K/V are stored as already; None chooses it where it is open.
         """
         self._settle(lengths, capacities, continued, kv_dtype)
-        plan = check_request(self.loaded, self.config, lengths, capacities, continued=continued)
+        kept = self.kept.nbytes
+        plan = check_request(self.loaded, self.config, lengths, capacities, continued=continued, kept=kept)
+        if kept:
+            limit = memory_limits(self.config, self.loaded.device, 0, kept).host
+            self.kept.trim(limit - plan.host_states)
         if plan.prefill_mode == "streamed":
             self._announcements.append("the prompt does not fit the GPU as a whole: its prefill is streamed")
         if plan.disk_kv:
@@ -306,7 +317,7 @@ class OffloadedGenerator:
         streamed = plan.prefill_mode == "streamed"
         calibration = self.calibrated(sequences[0].prompt)
         statistics.begin(plan)
-        with KVContext(self.decoder, self.config, calibration, capacities, self.faults) as context:
+        with KVContext(self.decoder, self.config, calibration, capacities, self.faults, self.kept) as context:
             pieces = []
             for number, sequence in enumerate(sequences):
                 ids = sequence.prompt

@@ -20,6 +20,7 @@ from ds_offload.kernels.slot_attention import slot_attention
 from ds_offload.kernels.sparse_attention import sparse_attention
 from ds_offload.memory.file_segments import FileSegments
 from ds_offload.memory.hot_set import HotSet
+from ds_offload.memory.kept_blocks import KeptBlocks
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.label_cache import LabelCache
 from ds_offload.memory.pinned_pool import PinnedPool
@@ -61,6 +62,7 @@ class KVContext:
         config: Resolved for the model.
         capacities: Most tokens (prompt and answer) of each sequence.
         faults: For the tests of the hand-overs.
+        kept: Where the store's page-locked blocks come from and go to; None: the system.
 
     Attributes:
         attended: Of every layer in the store, its attention in the last step. The step's own tensors
@@ -74,6 +76,7 @@ class KVContext:
         calibration: Calibration,
         capacities: list[int],
         faults: Faults | None = None,
+        kept: KeptBlocks | None = None,
     ) -> None:
         self.window = AttentionWindow(config.sink_tokens, config.recent_tokens)
         self.streams = Streams(decoder.device, faults)
@@ -86,9 +89,10 @@ class KVContext:
         self.layers = decoder.layers
         self._device = decoder.device
         self._dense_layers = frozenset(config.dense_layers)
+        self._kept = kept
         self._on_disk = config.kv_dir is not None
         self._pool: SegmentPool = (
-            PinnedPool(decoder.device, _PAGEABLE_COST)
+            PinnedPool(decoder.device, _PAGEABLE_COST, kept)
             if config.kv_dir is None
             else FileSegments(config.kv_dir, decoder.device)
         )
@@ -175,8 +179,9 @@ class KVContext:
     def __enter__(self) -> KVContext:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # A stream that is closed early is no error.
+        self.close(keep=error is None or issubclass(error, GeneratorExit))
 
     @property
     def pinned_bytes(self) -> int:
@@ -193,18 +198,25 @@ class KVContext:
         """Bytes of the store in files."""
         return self._pool.nbytes if self._on_disk else 0
 
-    def close(self) -> None:
-        """Wait for the device, then free everything on host and device."""
+    def close(self, keep: bool = True) -> None:
+        """Wait for the device, then free everything on host and device; page-locked blocks go to `kept`.
+
+        Args:
+            keep: False, after an error: they go back to the system, and what was kept before, too.
+        """
         try:
-            self._pool.close()
+            self._pool.close(keep)
         finally:
+            if not keep and self._kept is not None:
+                self._kept.release()
             self.attended.clear()
             self.store.close()
             self._dense.clear()
 
-    def reserve(self, sequence: int, tokens: int) -> None:
-        """Make room for `tokens` tokens of `sequence`."""
-        self.store.reserve(sequence, tokens)
+    def reserve(self, sequence: int, tokens: int, layer: int | None = None, start: int = 0) -> None:
+        """Make room for tokens `start` to `tokens` of `sequence`, in one layer or in all, and wait for it."""
+        if layer is None or layer not in self._dense_layers:
+            self.store.reserve(sequence, tokens, layer, start)
         if self._dense_layers:
             self._dense[sequence].reserve(0, tokens)
 
@@ -214,16 +226,13 @@ class KVContext:
         Room on the device is made at once: it is zeroed in front of what a prefill hands over.
         """
         self.store.prepare(sequence, tokens)
-        if self.hot_set is None:
-            self.store.reserve(sequence, tokens)
         if self._dense_layers:
             self._dense[sequence].reserve(0, tokens)
 
-    def has_room(self, sequence: int, tokens: int) -> bool:
-        """Whether `tokens` tokens of `sequence` have their place."""
-        return self.store.has_room(sequence, tokens) and all(
-            dense.has_room(0, tokens) for dense in self._dense[sequence : sequence + 1]
-        )
+    def has_room(self, sequence: int, tokens: int, layer: int) -> bool:
+        """Whether rows of the first `tokens` tokens of `sequence` may be written to `layer` without waiting."""
+        store, number = self._store_of(layer, sequence)
+        return store.has_room(number, tokens, layer)
 
     def write_prompt(self, layer: int, sequence: int, rows: Tensor, *, start: int, staging: int) -> None:
         """Take rows `[Hkv, n, 2, D]` of tokens `start` to `start + n`, made as the hand-over `kv` of that layer.

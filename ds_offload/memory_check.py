@@ -17,23 +17,21 @@ from ds_offload.planning.request import MemoryLimits, Request, Shortage, memory_
 from ds_offload.planning.request import plan_request as plan_request
 
 
-def memory_limits(config: OffloadConfig, device: torch.device, loaded: int = 0) -> MemoryLimits:
+def memory_limits(config: OffloadConfig, device: torch.device, loaded: int = 0, kept: int = 0) -> MemoryLimits:
     """What may be taken of the memory that is free, on `device` and on the host.
 
     Args:
         config: `gpu_memory` and `host_memory` lower the limits; the disk is that of `kv_dir`.
         loaded: Bytes of weights that are on `device` already; a plan counts them, so the limit does, too.
+        kept: Bytes on the host that an earlier call left for this one (`KeptBlocks`).
 
     Raises:
         InputError: `kv_dir` is no folder for files of segments.
     """
     disk = None if config.kv_dir is None else disk_room(config.kv_dir)
     if device.type == "cuda":
-        return MemoryLimits(_gpu_limit(config, device, loaded), _host_limit(config), disk)
-    if not loaded:
-        return MemoryLimits(None, _host_limit(config), disk)
-    there = _host_limit(dataclasses.replace(config, host_memory=None)) + loaded
-    return MemoryLimits(None, min(there, config.host_memory) if isinstance(config.host_memory, int) else there, disk)
+        return MemoryLimits(_gpu_limit(config, device, loaded), _host_limit(config, kept), disk)
+    return MemoryLimits(None, _host_limit(config, loaded + kept), disk)
 
 
 def check_weights(source: ModelSource, config: OffloadConfig, device: torch.device) -> None:
@@ -60,6 +58,7 @@ def check_memory(
     loaded: int = 0,
     continued: bool = False,
     shared: int = 0,
+    kept: int = 0,
 ) -> MemoryPlan:
     """The plan of a call, refused if it does not fit.
 
@@ -70,12 +69,13 @@ def check_memory(
         loaded: Bytes of weights that are on `device` already.
         continued: Whether the sequences are continued later, by prompts of any length.
         shared: Bytes of the store, on the host or in files, that are there already.
+        kept: As for `memory_limits`.
 
     Raises:
         MemoryPlanError: GPU or host memory is short; names what is needed, what is there
             and the smallest change that makes it fit.
     """
-    limits = memory_limits(config, device, loaded)
+    limits = memory_limits(config, device, loaded, kept)
     if limits.disk is None:
         limits = dataclasses.replace(limits, host=limits.host + shared)
     else:
@@ -96,9 +96,10 @@ def settle_config(
     capacities: list[int],
     loaded: int = 0,
     continued: bool = False,
+    kept: int = 0,
 ) -> OffloadConfig:
     """The config of one call with what the memory that is free decides; see `check_memory`."""
-    limits = memory_limits(config, device, loaded)
+    limits = memory_limits(config, device, loaded, kept)
     return settle(_request(source, config, device, prompts, capacities, continued), limits).config
 
 
@@ -121,6 +122,7 @@ def check_request(
     *,
     continued: bool = False,
     shared: int = 0,
+    kept: int = 0,
 ) -> MemoryPlan:
     """The plan of a call, refused if its caches do not fit, the weights being loaded already; see `check_memory`.
 
@@ -129,7 +131,7 @@ def check_request(
     """
     source = loaded.source
     weights = weight_bytes(source)
-    return check_memory(source, config, loaded.device, prompts, capacities, weights, continued, shared)
+    return check_memory(source, config, loaded.device, prompts, capacities, weights, continued, shared, kept)
 
 
 def _gpu_limit(config: OffloadConfig, device: torch.device, loaded: int = 0) -> int:
@@ -141,8 +143,9 @@ def _gpu_limit(config: OffloadConfig, device: torch.device, loaded: int = 0) -> 
     return min(there, config.gpu_memory) if isinstance(config.gpu_memory, int) else there
 
 
-def _host_limit(config: OffloadConfig) -> int:
-    usable = host_memory().usable_bytes
+def _host_limit(config: OffloadConfig, there: int = 0) -> int:
+    """Bytes that may be taken on the host, `there` of them taken already."""
+    usable = host_memory().usable_bytes + there
     return min(usable, config.host_memory) if isinstance(config.host_memory, int) else usable
 
 

@@ -46,9 +46,9 @@ def read_document(
     codes = generator.calibrated(ids) if generator.config.kv_dtype in QUANTISED_BITS else None
     kept = PrefillCheckpoint.of(checkpoint, [ids], loaded.model, generator.config, codes)
     calibration = generator.calibrated(ids)
-    context = KVContext(generator.decoder, generator.config, calibration, [room], generator.faults)
+    context = KVContext(generator.decoder, generator.config, calibration, [room], generator.faults, generator.kept)
     with contextlib.ExitStack() as undo:
-        undo.callback(context.close)
+        undo.callback(context.close, keep=False)
         streamed = plan.prefill_mode == "streamed"
         prefill(generator.decoder, context, 0, ids, on_progress, streamed=streamed, checkpoint=kept)
         undo.pop_all()
@@ -76,9 +76,9 @@ def load_session(generator: OffloadedGenerator, path: str | Path) -> Session:
                 "leave the calibration out to use the session's own, or read the document again"
             )
     plan = generator.plan_call([1], [room], continued=True, kv_dtype=kv_dtype)
-    context = KVContext(generator.decoder, generator.config, calibration, [room], generator.faults)
+    context = KVContext(generator.decoder, generator.config, calibration, [room], generator.faults, generator.kept)
     with contextlib.ExitStack() as undo:
-        undo.callback(context.close)
+        undo.callback(context.close, keep=False)
         read_session(folder, header, context)
         undo.pop_all()
     return Session(generator, context, plan, calibration, header.document, ids, header.document_tokens, header.stored)

@@ -13,6 +13,7 @@ from ds_offload.kv_context import KVContext
 from ds_offload.memory.workspace import WRITTEN_SEGMENTS, chunk_tokens, piece_tokens
 from ds_offload.prefill_attention import causal_attention_, piece_attention_
 from ds_offload.prefill_checkpoint import PrefillCheckpoint
+from ds_offload.prefill_layers import PrefillLayers
 from ds_offload.prefill_pace import Pace
 from ds_offload.prefill_pace import ProgressCallback as ProgressCallback
 from ds_offload.stored_blocks import StoredBlocks
@@ -99,6 +100,7 @@ class _Prefill:
         pace: Pace,
     ) -> None:
         self._decoder, self._context, self._sequence = decoder, context, sequence
+        self._layers = PrefillLayers(decoder)
         self._ids, self._start, self._states, self._pace = ids, start, states, pace
         length, device = len(ids), decoder.device
         size = min(length, piece_tokens(decoder.heads, decoder.head_dim)) if streamed or start else length
@@ -135,19 +137,15 @@ class _Prefill:
         queries, rows = self._queries[:length], self._staging[self._turn][:, :length]
         chunks = [slice(begin, min(begin + self._step, length)) for begin in range(0, length, self._step)]
         cos, sin = self._rope or self._turned(piece)
-        if any(staging == self._turn for *_, staging in self._unwritten):
-            self.write()
+        self.write((self._turn,))
         context.streams.wait("prompt_rows", self._turn)
         with context.streams.producing("kv", layer):
             for chunk in chunks:
-                query, key, value = decoder.project_qkv(layer, hidden[chunk], (cos[chunk], sin[chunk]))
-                queries[chunk] = query
-                rows[:, chunk, 0] = key.transpose(0, 1)
-                rows[:, chunk, 1] = value.transpose(0, 1)
+                rope = cos[chunk], sin[chunk]
+                self._layers.project(layer, hidden[chunk], rope, queries[chunk], rows[:, chunk])
         self._unwritten.append((layer, first, rows, self._turn))
-        # While segments are still being pinned, the device gets as much as it can do without them.
-        if context.has_room(self._sequence, first + length):
-            self.write()
+        # While the layer's part of the store is still being pinned, the device gets as much as it can do without it.
+        self.write(())
         if first:
             assert self._stored is not None
             earlier = self._stored.layer(layer, first, 1 - self._turn)
@@ -155,23 +153,29 @@ class _Prefill:
         else:
             causal_attention_(queries, rows, decoder.scaling, pace.attended)
         for chunk in chunks:
-            hidden[chunk] = decoder.finish_layer(layer, hidden[chunk], queries[chunk].flatten(1))
+            self._layers.finish_(layer, hidden[chunk], queries[chunk].flatten(1))
             pace.projected(chunk.stop - chunk.start)
         if len(self._pieces) > 1:
             # The next piece reads these rows back.
             self.write()
         self._turn = 1 - self._turn
 
-    def write(self) -> None:
-        """Hand all rows that have not left yet to the writer, as soon as there is room for them."""
+    def write(self, awaited: tuple[int, ...] = (0, 1)) -> None:
+        """Hand rows that have not left yet to the writer, where there is room for them.
+
+        For rows in the staging buffers `awaited` the host waits until there is.
+        """
         context = self._context
         step = WRITTEN_SEGMENTS * context.store.table.segment_tokens
-        for layer, first, rows, staging in self._unwritten:
+        waiting, self._unwritten = self._unwritten, []
+        for layer, first, rows, staging in waiting:
+            if staging not in awaited and not context.has_room(self._sequence, first + rows.shape[1], layer):
+                self._unwritten.append((layer, first, rows, staging))
+                continue
             for begin in range(0, rows.shape[1], step):
                 part = rows[:, begin : begin + step]
-                context.reserve(self._sequence, first + begin + part.shape[1])
+                context.reserve(self._sequence, first + begin + part.shape[1], layer, first + begin)
                 context.write_prompt(layer, self._sequence, part, start=first + begin, staging=staging)
-        self._unwritten.clear()
 
     def _turned(self, piece: slice) -> Rope:
         """RoPE of a piece; its frequencies are those of the whole sequence where they depend on the length."""

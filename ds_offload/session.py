@@ -160,6 +160,8 @@ class Session:
         self._read_window(self.token_ids)
         shared = self._context.store.shared_bytes(self.stored) if self.config.kv_location == "host" else 0
         loaded, room = self._generator.loaded, room_of(self.config)
+        # A fork takes what is free: blocks of earlier calls are not counted, and must not stand in its way.
+        self._generator.kept.release()
         plan = check_request(loaded, self.config, [1], [room], continued=True, shared=shared)
         context = KVContext(self._generator.decoder, self.config, self._calibration, [room], self._generator.faults)
         with contextlib.ExitStack() as undo:

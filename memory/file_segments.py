@@ -8,7 +8,6 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections import deque
 from pathlib import Path
 
 import torch
@@ -40,11 +39,10 @@ class FileSegments:
         self._folder = Path(folder)
         self._cuda = device.type == "cuda"
         self._blocks: list[Tensor] = []
-        self._ahead: dict[int, deque[Tensor]] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the files, those made ahead among them."""
+        """Bytes of the files, written to or not."""
         return sum(block.nbytes for block in self._blocks)
 
     @property
@@ -56,42 +54,48 @@ class FileSegments:
         """Whether rows of a block must pass through the CPU on their way to the device."""
         return self._cuda
 
-    def prepare(self, nbytes: int, *, blocks: int = 1, grain: int | None = None) -> None:
-        """Make blocks at once, for `allocate` with the same `nbytes`.
+    @property
+    def busy(self) -> bool:
+        """Never: a block is ready when it is there."""
+        return False
 
-        Raises:
-            MemoryPlanError: As `allocate`.
-        """
-        before = len(self._blocks)
-        try:
-            made = [self._make(nbytes) for _ in range(blocks)]
-        except BaseException:
-            # All or none: what was made would keep the last of the disk from a second try.
-            del self._blocks[before:]
-            raise
-        self._ahead.setdefault(nbytes, deque()).extend(made)
+    @property
+    def refusals(self) -> int:
+        """None of them was to be page-locked."""
+        return 0
 
-    def allocate(self, nbytes: int, *, grain: int | None = None) -> Tensor:
-        """A block `[nbytes]` uint8, zeroed; one that `prepare` made, if there is one of that size.
+    def begin(self, nbytes: int, *, blocks: int = 1, grain: int | None = None, part: int | None = None) -> list[Tensor]:
+        """New blocks `[nbytes]` uint8, zeroed and ready: all of them, or none.
 
         Args:
-            grain: Of page-locked blocks only.
+            grain, part: Of page-locked blocks only.
 
         Raises:
-            MemoryPlanError: The disk has no room for it.
+            MemoryPlanError: The disk has no room for them.
             InputError: The folder cannot be written to.
             MemoryError: The process may have no further mapping.
         """
-        queue = self._ahead.get(nbytes)
-        return queue.popleft() if queue else self._make(nbytes)
+        before = len(self._blocks)
+        try:
+            return [self._make(nbytes) for _ in range(blocks)]
+        except BaseException:
+            # What was made would keep the last of the disk from a second try.
+            del self._blocks[before:]
+            raise
+
+    def is_ready(self, block: Tensor, nbytes: int) -> bool:
+        """Always."""
+        return True
+
+    def wait(self, block: Tensor, nbytes: int | None = None) -> None:
+        """Nothing is to be waited for."""
 
     def adopt(self, other: FileSegments, block: Tensor) -> None:
         """Hold a block that `other` allocated, too."""
         self._blocks.append(block)
 
-    def close(self) -> None:
-        """Let go of every block; each file goes with the last tensor over it."""
-        self._ahead.clear()
+    def close(self, keep: bool = False) -> None:
+        """Let go of every block; each file goes with the last tensor over it, whatever `keep` is."""
         self._blocks.clear()
 
     def _make(self, nbytes: int) -> Tensor:

@@ -58,9 +58,10 @@ class KVStore:
         self._capacity = [0] * sequences
         # Leading segments of each sequence that another store has, too: they are copied before they are written.
         self._shared = [0] * sequences
-        self._ahead = 0
         self._staged: StagedRows | None = None
-        self._addresses = torch.zeros(sequences, -(-max_tokens // segment_tokens), dtype=torch.int64, device=device)
+        self._refusals = 0
+        most = -(-max_tokens // segment_tokens)
+        self._addresses = torch.zeros(sequences, most, dtype=torch.int64, device=device)
         self.table = SegmentTable([[] for _ in range(sequences)], self._addresses, segment_tokens)
 
     def __contains__(self, layer: int) -> bool:
@@ -93,41 +94,45 @@ class KVStore:
             self._staged.ring.close()
 
     @property
-    def _segment_bytes(self) -> int:
-        return math.prod(self._shape) * self.dtype.itemsize
+    def _layer_bytes(self) -> int:
+        return math.prod(self._shape[1:]) * self.dtype.itemsize
 
-    @property
-    def _grain(self) -> int:
-        """Bytes of one head's rows of a segment: no copy crosses them."""
-        return math.prod(self._shape[2:]) * self.dtype.itemsize
-
-    def has_room(self, sequence: int, tokens: int) -> bool:
-        """Whether `tokens` tokens of `sequence` need no further segment."""
-        return not self._index or self._capacity[sequence] >= tokens
+    def has_room(self, sequence: int, tokens: int, layer: int) -> bool:
+        """Whether rows of the first `tokens` tokens of `sequence` may be written to `layer` without waiting."""
+        if not self._index or self._pool is None or self._capacity[sequence] < tokens:
+            return not self._index or self._capacity[sequence] >= tokens
+        segments, end = self.table.tensors[sequence], self._layer_end(layer)
+        return all(self._pool.is_ready(segments[number], end) for number, *_ in self._spans(0, tokens))
 
     def prepare(self, sequence: int, tokens: int) -> None:
-        """Start making the segments that `reserve` will want for `tokens` tokens, on a background thread.
+        """Grow `sequence` to hold `tokens` tokens; a background thread makes the new segments ready, layer by layer.
 
-        All of them must be reserved before a CUDA graph is captured. With the store on the
-        device nothing happens.
-        """
-        if self._pool is None or not self._index:
-            return
-        missing = -(-max(0, tokens - self._capacity[sequence]) // self.table.segment_tokens) - self._ahead
-        if missing > 0:
-            self._pool.prepare(self._segment_bytes, blocks=missing, grain=self._grain)
-            self._ahead += missing
-
-    def reserve(self, sequence: int, tokens: int) -> None:
-        """Grow `sequence` to hold `tokens` tokens.
+        `reserve` waits for them. All must be reserved before a CUDA graph is captured.
 
         Raises:
             MemoryError: The memory for another segment is not there.
         """
-        if not self._index:
-            return
-        while self._capacity[sequence] < tokens:
-            self._add(sequence, self._allocate())
+        missing = -(-max(0, tokens - self._capacity[sequence]) // self.table.segment_tokens)
+        for segment in self._allocate(missing) if missing and self._index else ():
+            self._add(sequence, segment)
+
+    def reserve(self, sequence: int, tokens: int, layer: int | None = None, start: int = 0) -> None:
+        """Have rows of tokens `start` to `tokens` of `sequence` in memory that may be written, of `layer` or of all.
+
+        Raises:
+            MemoryError: As `prepare`.
+        """
+        self.prepare(sequence, tokens)
+        pool = self._pool
+        if pool is not None and pool.busy:
+            end = None if layer is None else self._layer_end(layer)
+            for number, *_ in self._spans(start, tokens):
+                pool.wait(self.table.tensors[sequence][number], end)
+        if pool is not None and pool.refusals > self._refusals:
+            self._refusals = pool.refusals
+            for other, segments in enumerate(self.table.tensors):
+                for number, segment in enumerate(segments):
+                    self._place(other, number, segment)
 
     def share(self, other: KVStore, sequence: int, tokens: int) -> None:
         """Take over the first `tokens` tokens of `other`'s `sequence`; this store's has none yet.
@@ -143,8 +148,7 @@ class KVStore:
         whole, rest = divmod(tokens, self.table.segment_tokens)
         segments = other.table.tensors[sequence]
         for segment in segments[:whole]:
-            if self._pool is not None:
-                assert other._pool is not None
+            if self._pool is not None and other._pool is not None:
                 self._pool.adopt(other._pool, segment)
             self._add(sequence, segment)
         self._shared[sequence] = whole
@@ -165,7 +169,9 @@ class KVStore:
         first = start // self.table.segment_tokens
         segments = self.table.tensors[sequence]
         for number in range(first, self._shared[sequence]):
-            segment = self._allocate()
+            segment = self._allocate(1)[0]
+            if self._pool is not None:
+                self._pool.wait(segment)
             segment.copy_(segments[number])
             segments[number] = segment
             self._place(sequence, number, segment)
@@ -173,30 +179,14 @@ class KVStore:
 
     def shared_bytes(self, tokens: int) -> int:
         """Bytes of the segments that `share` would not copy."""
-        return tokens // self.table.segment_tokens * self._segment_bytes if self._index else 0
+        return tokens // self.table.segment_tokens * self._shape[0] * self._layer_bytes
 
     def write_prompt(self, layer: int, sequence: int, start: int, rows: Tensor) -> None:
         """Store rows `[Hkv, n, 2, D]` as tokens `start` to `start + n` of `sequence`, on the current stream.
 
         `rows` must stay unchanged until the stream has run the copies.
         """
-        rows = rows.to(self.dtype)
-        begin = 0
-        staged: list[tuple[Tensor, Tensor]] = []
-        for number, first, last in self._spans(start, start + rows.shape[1]):
-            target = self.table.tensors[sequence][number][self._index[layer], :, first:last]
-            source = rows[:, begin : begin + last - first]
-            begin += last - first
-            if self._staged is not None and self._staged.holds(sequence, number):
-                staged += zip(source, target, strict=True)
-            elif self._pool is None or rows.device.type == "cpu":
-                target.copy_(source)
-            else:
-                # One contiguous copy a head: a strided one would be staged on the host.
-                for to, of in zip(target, source, strict=True):
-                    to.copy_(of, non_blocking=True)
-        if self._staged is not None and staged:
-            self._staged.ring.to_host(staged)
+        self._exchange(layer, sequence, start, rows.to(self.dtype), to_store=True)
 
     def prompt_shape(self, tokens: int) -> tuple[int, int, int, int]:
         """`[Hkv, T, 2, D]` of a layer's rows of T tokens."""
@@ -216,23 +206,7 @@ class KVStore:
 
         The copies run on the current stream; one a head and segment, so that none waits for the host.
         """
-        begin = 0
-        staged: list[tuple[Tensor, Tensor]] = []
-        for number, first, last in self._spans(start, start + out.shape[1]):
-            rows = self.table.tensors[sequence][number][self._index[layer], :, first:last]
-            target = out[:, begin : begin + last - first]
-            begin += last - first
-            if self._in_files:
-                read_ahead(rows)
-            if self._staged is not None and self._staged.holds(sequence, number):
-                staged += zip(rows, target, strict=True)
-            elif self._pool is None or out.device.type == "cpu":
-                target.copy_(rows)
-            else:
-                for to, of in zip(target, rows, strict=True):
-                    to.copy_(of, non_blocking=True)
-        if self._staged is not None and staged:
-            self._staged.ring.to_device(staged)
+        self._exchange(layer, sequence, start, out, to_store=False)
 
     def append(self, positions: Tensor, rows: Tensor, layer: int | None = None) -> None:
         """Store tokens at `positions` `[B]` int64, on the current stream.
@@ -269,6 +243,28 @@ class KVStore:
         """All rows `[Hkv, length, 2, D]` of a sequence that lies in one segment, without a copy."""
         return self.table.tensors[sequence][0][self._index[layer], :, :length]
 
+    def _exchange(self, layer: int, sequence: int, start: int, rows: Tensor, to_store: bool) -> None:
+        """Copy `rows` `[Hkv, n, 2, D]` to the store's tokens from `start` on, or those to `rows`."""
+        begin = 0
+        staged: list[tuple[Tensor, Tensor]] = []
+        for number, first, last in self._spans(start, start + rows.shape[1]):
+            stored = self.table.tensors[sequence][number][self._index[layer], :, first:last]
+            part = rows[:, begin : begin + last - first]
+            begin += last - first
+            source, target = (part, stored) if to_store else (stored, part)
+            if self._in_files and not to_store:
+                read_ahead(stored)
+            if self._staged is not None and self._staged.holds(sequence, number):
+                staged += zip(source, target, strict=True)
+            elif self._pool is None or rows.device.type == "cpu":
+                target.copy_(source)
+            else:
+                # One contiguous copy a head: a strided one would be staged on the host.
+                for to, of in zip(target, source, strict=True):
+                    to.copy_(of, non_blocking=True)
+        if self._staged is not None and staged:
+            (self._staged.ring.to_host if to_store else self._staged.ring.to_device)(staged)
+
     def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Where tokens `start` to `stop` lie: a segment's number, and the first and last of its rows."""
         size = self.table.segment_tokens
@@ -293,9 +289,15 @@ class KVStore:
         # A pageable source makes this copy wait for nothing and return when done.
         self._addresses[sequence, number] = 0 if pageable else segment.data_ptr()
 
-    def _allocate(self) -> Tensor:
+    def _layer_end(self, layer: int) -> int:
+        """Bytes of a segment up to the end of a layer's rows."""
+        return (self._index[layer] + 1) * self._layer_bytes
+
+    def _allocate(self, count: int) -> list[Tensor]:
+        """New segments; those on the host are to be waited for."""
         if self._pool is None:
-            return torch.zeros(self._shape, dtype=self.dtype, device=self.device)
-        block = self._pool.allocate(self._segment_bytes, grain=self._grain)
-        self._ahead = max(0, self._ahead - 1)
-        return block.view(self.dtype).view(self._shape)
+            return [torch.zeros(self._shape, dtype=self.dtype, device=self.device) for _ in range(count)]
+        # No copy crosses one head's rows of a segment.
+        sizes = {"grain": self._layer_bytes // self._shape[1], "part": self._layer_bytes}
+        blocks = self._pool.begin(self._shape[0] * self._layer_bytes, blocks=count, **sizes)
+        return [block.view(self.dtype).view(self._shape) for block in blocks]

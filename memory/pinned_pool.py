@@ -1,71 +1,29 @@
-"""Host memory that the GPU reads and writes directly: mapped, touched, then registered."""
+"""Host memory that the GPU reads and writes directly: mapped, touched, then page-locked, in the background."""
 
 from __future__ import annotations
-
-import contextlib
-import ctypes
-import functools
-import math
-import mmap
-import os
-import threading
-from collections import deque
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ds_offload.errors import MemoryPlanError
-from ds_offload.machine.host_memory import memlock_limit
 from ds_offload.machine.numa import place_near
+from ds_offload.memory import page_locking
+from ds_offload.memory.host_block import BlockLayout, HostBlock, touch
+from ds_offload.memory.kept_blocks import KeptBlocks
+from ds_offload.memory.preparation import Preparation
 from ds_offload.notices import warn
-
-_TOUCH_THREADS = 16
-_PAGE = mmap.PAGESIZE
-# A huge page is touched by one thread.
-_HUGE_PAGE = 2 << 20
-# A refused block is registered in halves down to pieces of this size.
-_SMALLEST_PIECE = 8 << 20
-_CURE = (
-    "to have it locked run `ulimit -l unlimited` first, start docker with --ulimit memlock=-1, give WSL more memory "
-    "in .wslconfig, free host memory, or shorten the context"
-)
-
-
-@dataclass(eq=False)
-class _Block:
-    """A mapping, the pieces of it, (address, bytes), that are registered, and how many pools hold it."""
-
-    memory: mmap.mmap
-    address: int
-    size: int
-    pieces: list[tuple[int, int]] = field(default_factory=list)
-    holders: int = 1
-
-    @classmethod
-    def map(cls, size: int) -> _Block:
-        # Private, since shared memory gets no huge pages by default: with them a block is touched and registered
-        # several times as fast.
-        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-        memory = mmap.mmap(-1, size, **private)
-        # Refused where the system has none. A forked child must not copy what the device may be writing.
-        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-            with contextlib.suppress(AttributeError, OSError):
-                memory.madvise(getattr(mmap, advice))
-        return cls(memory, torch.frombuffer(memory, dtype=torch.uint8).data_ptr(), size)
 
 
 class PinnedPool:
     """Blocks of host memory, page-locked for `device` when it is a CUDA device, plain otherwise.
 
-    Making the pool allocates nothing. Blocks live until `close`, which unregisters
+    Making the pool allocates nothing. Blocks live until `close`, which unlocks
     them on every way out of the `with` statement and gives their pages back to the system;
     tensors over a block must not be used after that. They read zeros then, and the
     addresses are unmapped with the last of them. One thread calls the pool. A block that
     another pool adopted goes with the last of its pools.
 
-    A private mapping of huge pages, touched by several threads and then registered, is ready
+    A private mapping of huge pages, touched by several threads and then locked, is ready
     about ten times as fast as `torch.empty(..., pin_memory=True)` (14.6 against 1.5 GB/s on an
     H100 machine with 16 cores; 2.9 with a shared mapping of small pages), and is not rounded up
     to a power of two. A forked child does not have it. On a machine with several NUMA nodes it is placed on the GPU's.
@@ -73,22 +31,25 @@ class PinnedPool:
     Args:
         device: The device that computes.
         pageable_cost: What it costs to go on with blocks that the driver refuses to
-            page-lock, for the one warning that says so. The first refused block and all
-            later ones are left pageable then. None: a refusal is an error.
+            page-lock, for the one warning that says so. Blocks that are not locked as a whole
+            by then, and all later ones, are left pageable, but for as many as the memory that
+            was locked suffices for. None: a refusal is an error.
+        kept: Where blocks go when the pool is closed, and come from again; None: the system.
     """
 
-    def __init__(self, device: torch.device, pageable_cost: str | None = None) -> None:
+    def __init__(self, device: torch.device, pageable_cost: str | None = None, kept: KeptBlocks | None = None) -> None:
         self._device = device
         self._pageable_cost = pageable_cost
-        # Why no more is registered; said once, by the thread that calls the pool.
+        self._kept = kept
+        self._pin = device.type == "cuda"
+        self._blocks: dict[int, HostBlock] = {}
+        # Of each block that is not known to be ready: what makes it so, and its number there.
+        self._making: dict[int, tuple[Preparation, int]] = {}
+        self._preparations: list[Preparation] = []
+        # Why no more is locked: written in the background, settled by the thread that calls the pool.
         self._refused: str | None = None
         self._warned = False
-        self._pin = device.type == "cuda"
-        self._blocks: list[_Block] = []
-        self._ahead: dict[tuple[int, int | None], deque[Future[_Block]]] = {}
-        self._worker: ThreadPoolExecutor | None = None
-        # Set for the worker that `close` waits for.
-        self._stopping = threading.Event()
+        self._refusals = 0
 
     def __enter__(self) -> PinnedPool:
         return self
@@ -98,232 +59,204 @@ class PinnedPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held now, blocks made ahead among them."""
-        return sum(block.size for block in list(self._blocks))
+        """Bytes held now, those being made ready among them."""
+        return sum(block.size for block in list(self._blocks.values()))
 
     @property
     def pinned_bytes(self) -> int:
         """Bytes held and page-locked now."""
-        return sum(size for block in list(self._blocks) for _, size in list(block.pieces))
+        return sum(block.locked_bytes for block in list(self._blocks.values()))
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are blocks that nobody waited for yet."""
+        return bool(self._making)
+
+    @property
+    def refusals(self) -> int:
+        """Blocks that became pageable after they were begun: `wait` raises this, and `left_pageable` tells which."""
+        return self._refusals
 
     def left_pageable(self, block: Tensor) -> bool:
         """Whether a block of this pool should be page-locked and is not, so that no kernel may read it in place."""
-        return self._pin and any(held.address == block.data_ptr() and not held.pieces for held in list(self._blocks))
+        held = self._blocks.get(block.data_ptr())
+        return held is not None and held.pageable
 
-    def prepare(self, nbytes: int, *, blocks: int = 1, grain: int | None = None) -> None:
-        """Start making blocks on a background thread; `allocate` with the same arguments takes them, first come first.
+    def begin(self, nbytes: int, *, blocks: int = 1, grain: int | None = None, part: int | None = None) -> list[Tensor]:
+        """New blocks `[nbytes]` uint8, made ready in the background: the first part of each, then the second of each.
 
-        No CUDA graph may be captured until they are taken: registering memory may spoil
-        the capture. What goes wrong is raised by the `allocate` that takes the block.
+        A new block reads zeros; one that was kept reads what was written to it, and is ready.
+        No CUDA graph may be captured until all is ready: locking memory may spoil the capture.
 
         Args:
-            nbytes, grain: As for `allocate`.
-            blocks: How many to add to those being made.
+            nbytes, blocks: At least 1.
+            grain: Where the driver refuses to lock a part as a whole, it is locked in pieces
+                that end at multiples of `grain` bytes: a copy between host and device must
+                not cross one. Kernels that read the block in place may. None: copies may be
+                anywhere, and a part is not split.
+            part: Bytes, a multiple of `grain`, by which blocks are wanted; copies do not cross
+                its multiples either. None: a block is one part.
 
         Raises:
-            ValueError: `nbytes` or `grain` below 1.
+            ValueError: A size below 1, or `part` is not whole grains.
+            MemoryError: The host has no such block.
         """
-        key = (_whole_pages(nbytes), _checked_grain(grain))
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="pinned-pool")
-        queue = self._ahead.setdefault(key, deque())
-        queue.extend(self._worker.submit(self._make, *key, self._stopping) for _ in range(blocks))
+        layout = BlockLayout(nbytes, grain, part)
+        found = self._kept.take(layout, blocks) if self._kept is not None and self._pin else []
+        self._blocks |= {block.address: block for block in found}
+        new: list[HostBlock] = []
+        for _ in range(blocks - len(found)):
+            block = HostBlock.map(layout, self._device)
+            # Listed before it is locked: whatever interrupts what follows, `close` finds it.
+            self._blocks[block.address] = block
+            new.append(block)
+        if self._pin and new:
+            self._prepare(new)
+        return [block.tensor() for block in found + new]
+
+    def is_ready(self, block: Tensor, nbytes: int) -> bool:
+        """Whether the first `nbytes` bytes of a block may be written without waiting; others may."""
+        making = self._making.get(block.data_ptr())
+        return making is None or making[0].is_ready(making[1], nbytes)
+
+    def wait(self, block: Tensor, nbytes: int | None = None) -> None:
+        """Wait until the first `nbytes` bytes of a block, or all of it, may be written by host and device.
+
+        Raises:
+            MemoryPlanError: The driver refused to page-lock them, and the pool has no
+                `pageable_cost`. The CUDA error is cleared.
+        """
+        address = block.data_ptr()
+        making = self._making.get(address)
+        if making is None:
+            return
+        size = self._blocks[address].size
+        making[0].wait(making[1], size if nbytes is None else nbytes)
+        if self._refused is not None:
+            self._settle(self._refused)
+        elif nbytes is None or nbytes >= size:
+            del self._making[address]
 
     def allocate(self, nbytes: int, *, grain: int | None = None) -> Tensor:
-        """A new block `[nbytes]` uint8, zeroed; one that `prepare` made or is making, if there is one of that size.
-
-        Args:
-            nbytes: At least 1.
-            grain: Where the driver refuses to register the block as a whole, it is
-                registered in pieces that end at multiples of `grain` bytes: a copy between
-                host and device must not cross one. Kernels that read the block in place
-                may. None: copies may be anywhere, and the block is not split.
+        """A new block `[nbytes]` uint8, zeroed and ready; `nbytes` and `grain` are as for `begin`.
 
         Raises:
-            ValueError: `nbytes` or `grain` below 1.
-            MemoryError: The host has no such block.
-            MemoryPlanError: The driver refused to page-lock it, and the pool has no
-                `pageable_cost`. The block is gone, the CUDA error is cleared, and what was
-                allocated before is untouched.
+            ValueError, MemoryError: As `begin`.
+            MemoryPlanError: As `wait`. The block is gone, and what was allocated before is untouched.
         """
-        key = (_whole_pages(nbytes), _checked_grain(grain))
-        queue = self._ahead.get(key)
-        block = queue.popleft().result() if queue else self._make(*key, self._stopping)
-        if self._refused is not None and not self._warned:
-            self._warned = True
-            warn(self._refused)
-        return torch.frombuffer(block.memory, dtype=torch.uint8, count=nbytes)
+        block = self.begin(nbytes, grain=grain)[0]
+        try:
+            self.wait(block)
+        except BaseException:
+            making = self._making.pop(block.data_ptr(), None)
+            if making is not None:
+                making[0].stop()
+                making[0].join()
+            self._release(self._blocks[block.data_ptr()])
+            raise
+        return block
 
     def adopt(self, other: PinnedPool, block: Tensor) -> None:
-        """Hold a block that `other` allocated, too: it lives until both pools are closed.
+        """Hold a block that `other` allocated and that is ready, too: it lives until both pools are closed.
 
         Raises:
             ValueError: `block` does not begin a block of `other`.
         """
-        found = next((held for held in other._blocks if held.address == block.data_ptr()), None)
+        found = other._blocks.get(block.data_ptr())
         if found is None:
             raise ValueError("the tensor does not begin a block of the other pool")
         found.holders += 1
-        self._blocks.append(found)
+        self._blocks[found.address] = found
 
-    def close(self) -> None:
-        """Join the background thread, wait for the device, then unregister and give back every block."""
-        worker, self._worker = self._worker, None
-        self._stopping.set()
+    def close(self, keep: bool = True) -> None:
+        """Join the background threads, wait for the device, then unlock and give back every block.
+
+        Args:
+            keep: Leave blocks that are locked as a whole with `kept`, where there is one.
+        """
+        for preparation in self._preparations:
+            preparation.stop()
         try:
-            if worker is not None:
-                worker.shutdown(wait=True, cancel_futures=True)
+            self._join()
         finally:
-            self._ahead.clear()
-            self._stopping = threading.Event()
+            self._making.clear()
             try:
                 if self.pinned_bytes:
-                    _synchronize(self._device)
+                    page_locking.synchronize(self._device)
+            except BaseException:
+                keep = False
+                raise
             finally:
-                while self._blocks:
-                    self._release(self._blocks[-1])
+                for block in list(self._blocks.values()):
+                    self._release(block, keep)
 
-    def _make(self, size: int, grain: int | None, stopping: threading.Event) -> _Block:
-        try:
-            block = _Block.map(size)
-        except OSError as error:
-            raise MemoryError(f"no {size / 2**20:.0f} MiB of host memory for the KV cache: {error}") from error
-        # Listed before it is registered: whatever interrupts what follows, `close` finds it.
-        self._blocks.append(block)
-        if not self._pin:
-            return block
-        try:
-            place_near(self._device, block.address, size)
-            _touch(block.address, size)
-            if stopping.is_set():
-                raise CancelledError
-            if self._refused is None:
-                self._register(block, grain)
-        except BaseException:
-            self._release(block)
-            raise
-        return block
-
-    def _register(self, block: _Block, grain: int | None) -> None:
-        """Page-lock a block as a whole, or in the largest pieces that the driver takes, or not at all."""
-        step = block.size if grain is None else math.lcm(grain, _PAGE)
-        pending = [(block.address, block.size)]
-        while pending:
-            address, size = pending.pop()
-            block.pieces.append((address, size))
-            code = _register(self._device, address, size)
-            if code == 0:
-                continue
-            block.pieces.pop()
-            half = size // 2 // step * step
-            if half >= _SMALLEST_PIECE:
-                pending += [(address + half, size - half), (address, half)]
-                continue
-            refusal = _refusal(block.size, self.pinned_bytes, code)
-            if self._pageable_cost is None:
-                raise MemoryPlanError(f"{refusal}; the GPU cannot read it in place then; {_CURE}")
-            # A copy must not cross from memory that is registered to memory that is not.
-            self._unregister(block)
-            self._refused = f"{refusal}; {self._pageable_cost}; {_CURE}"
+    def _prepare(self, blocks: list[HostBlock]) -> None:
+        for block in blocks:
+            place_near(self._device, block.address, block.size)
+            block.pageable = self._refused is not None
+        if self._refused is not None:
             return
+        preparation = Preparation(blocks, self._lock)
+        self._preparations = [earlier for earlier in self._preparations if not earlier.ended] + [preparation]
+        for number, block in enumerate(blocks):
+            self._making[block.address] = preparation, number
 
-    def _unregister(self, block: _Block) -> None:
-        for address, _ in block.pieces:
-            _unregister(self._device, address)
-        block.pieces.clear()
+    def _lock(self, block: HostBlock, first: int, last: int) -> bool:
+        if self._refused is not None:
+            return False
+        code = block.lock(first, last)
+        if code == 0:
+            return True
+        refusal = page_locking.refusal_text(last - first, self.pinned_bytes, code)
+        if self._pageable_cost is None:
+            raise MemoryPlanError(f"{refusal}; the GPU cannot read it in place then; {page_locking.CURE}")
+        self._refused = f"{refusal}; {self._pageable_cost}; {page_locking.CURE}"
+        return False
 
-    def _release(self, block: _Block) -> None:
-        block.holders -= 1
-        if block.holders:
-            self._blocks.remove(block)
-            return
-        self._unregister(block)
-        # Tensors over the block may outlive this, in the frames of an exception for one: the pages must not.
-        with contextlib.suppress(AttributeError, OSError):
-            block.memory.madvise(mmap.MADV_DONTNEED)
-        with contextlib.suppress(ValueError):
-            self._blocks.remove(block)
+    def _settle(self, refused: str) -> None:
+        """After a refusal: lock as many whole blocks as that memory suffices for, and leave the others pageable."""
+        self._join()
+        unfinished = [self._blocks[address] for address in self._making]
+        unfinished = [block for block in unfinished if block.locked_bytes < block.size]
+        self._making.clear()
+        room = sum(block.locked_bytes for block in unfinished)
+        if room:
+            # Rows may be on their way to what is unlocked.
+            page_locking.synchronize(self._device)
+        whole = []
+        for block in unfinished:
+            if block.size <= room:
+                room -= block.size
+                whole.append(block)
+            else:
+                self._leave_pageable(block)
+        for block in whole:
+            for first, last in block.missing():
+                touch(block.address + first, last - first)
+                if block.lock(first, last):
+                    self._leave_pageable(block)
+                    break
+        if not self._warned:
+            self._warned = True
+            warn(refused)
 
+    def _leave_pageable(self, block: HostBlock) -> None:
+        block.unlock()
+        block.pageable = True
+        self._refusals += 1
 
-def _whole_pages(nbytes: int) -> int:
-    if nbytes < 1:
-        raise ValueError(f"nbytes={nbytes} must be at least 1")
-    return -(-nbytes // _PAGE) * _PAGE
+    def _join(self) -> None:
+        """Wait for the background threads."""
+        for preparation in self._preparations:
+            preparation.join()
+        self._preparations.clear()
 
-
-def _checked_grain(grain: int | None) -> int | None:
-    if grain is not None and grain < 1:
-        raise ValueError(f"grain={grain} must be at least 1, or None")
-    return grain
-
-
-def _touch(address: int, size: int) -> None:
-    """Fault every page in, several threads at once (memset releases the interpreter lock)."""
-    share = -(-size // _TOUCH_THREADS // _HUGE_PAGE) * _HUGE_PAGE
-    with ThreadPoolExecutor(_TOUCH_THREADS) as pool:
-        for start in range(0, size, share):
-            pool.submit(ctypes.memset, address + start, 0, min(share, size - start))
-
-
-def _register(device: torch.device, address: int, size: int) -> int:
-    """Page-lock memory for `device`; returns CUDA's code, 0 when done, cleared otherwise."""
-    with torch.cuda.device(device):
-        code = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))
-        if code:
-            _clear_error()
-    return code
-
-
-def _unregister(device: torch.device, address: int) -> None:
-    with torch.cuda.device(device):
-        if int(torch.cuda.cudart().cudaHostUnregister(address)):
-            _clear_error()
-
-
-def _synchronize(device: torch.device) -> None:
-    torch.cuda.synchronize(device)
-
-
-def _clear_error() -> None:
-    """Take a failed call's code off this thread, where the next kernel launch would take it for its own.
-
-    CUDA keeps the code for each thread, so the thread that made the call clears it.
-    """
-    runtime = _cuda_runtime()
-    if runtime is not None:
-        runtime.cudaGetLastError()
-        return
-    # torch asks for the code behind every launch of its own, which clears it.
-    with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device="cuda").add_(1)
-
-
-@functools.cache
-def _cuda_runtime() -> ctypes.CDLL | None:
-    """The runtime library that torch has loaded, whose `cudaGetLastError` torch does not pass on; None if not found."""
-    version, only_loaded = torch.version.cuda, getattr(os, "RTLD_NOLOAD", None)
-    if version is None or only_loaded is None:
-        return None
-    try:
-        return ctypes.CDLL(f"libcudart.so.{version.split('.')[0]}", mode=only_loaded)
-    except OSError:
-        return None
-
-
-def _refusal(size: int, held: int, code: int) -> str:
-    """What was refused, and why."""
-    limit = memlock_limit()
-    memlock = "unlimited" if limit is None else f"{limit / 2**10:,.0f} KiB"
-    return (
-        f"the driver refused to page-lock {size / 2**20:.0f} MiB of host memory after {held / 2**30:.2f} GiB "
-        f"({_error_text(code)}; memlock is {memlock})"
-    )
-
-
-def _error_text(code: int) -> str:
-    try:
-        runtime = torch.cuda.cudart()
-        return f"CUDA error {code}: {runtime.cudaGetErrorString(runtime.cudaError(code))}"
-    except Exception:
-        # The text is a courtesy; without a working runtime there is the number.
-        return f"CUDA error {code}"
+    def _release(self, block: HostBlock, keep: bool = False) -> None:
+        if block.holders > 1:
+            block.holders -= 1
+        elif keep and self._kept is not None and block.locked_bytes == block.size:
+            self._kept.put(block)
+        else:
+            block.release()
+            block.holders = 0
+        self._blocks.pop(block.address, None)

@@ -18,11 +18,22 @@ class SegmentPool(Protocol):
     def pinned_bytes(self) -> int:
         """Bytes held and page-locked now."""
 
-    def prepare(self, nbytes: int, *, blocks: int = 1, grain: int | None = None) -> None:
-        """Make blocks that `allocate` with the same arguments takes later."""
+    @property
+    def busy(self) -> bool:
+        """Whether there are blocks that nobody waited for yet."""
 
-    def allocate(self, nbytes: int, *, grain: int | None = None) -> Tensor:
-        """A new block `[nbytes]` uint8, zeroed."""
+    @property
+    def refusals(self) -> int:
+        """Blocks that became pageable after they were begun."""
+
+    def begin(self, nbytes: int, *, blocks: int = 1, grain: int | None = None, part: int | None = None) -> list[Tensor]:
+        """New blocks `[nbytes]` uint8, made ready part by part."""
+
+    def is_ready(self, block: Tensor, nbytes: int) -> bool:
+        """Whether the first `nbytes` bytes of a block may be written without waiting."""
+
+    def wait(self, block: Tensor, nbytes: int | None = None) -> None:
+        """Wait until the first `nbytes` bytes of a block, or all of it, may be written."""
 
     def adopt(self, other: Any, block: Tensor) -> None:
         """Hold a block of `other`, a pool of the same kind, too."""
@@ -30,5 +41,5 @@ class SegmentPool(Protocol):
     def left_pageable(self, block: Tensor) -> bool:
         """Whether no kernel of the device that computes may read the block in place."""
 
-    def close(self) -> None:
-        """Give every block back that no other pool holds."""
+    def close(self, keep: bool = False) -> None:
+        """Give every block back that no other pool holds; `keep` leaves them to a later pool where there can be one."""

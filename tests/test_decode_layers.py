@@ -16,14 +16,14 @@ from ds_offload.decoder import DecoderStack
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
-def decoder_of(family: str) -> DecoderStack:
+def decoder_of(family: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> DecoderStack:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=dtype).eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             # Norms at 1 and biases at 0 would hide what is left out.
             torch.nn.init.normal_(parameter, 0.5)
-    return DecoderStack(model)
+    return DecoderStack(model.to(device))
 
 
 def on_a_gpu(decoder: DecoderStack, dtype: torch.dtype = torch.bfloat16) -> Any:

@@ -16,7 +16,7 @@ from tiny_models import random_prompts, save_tiny, tiny_config
 import ds_offload.kv_context
 from ds_offload import OffloadConfig, OffloadedGenerator
 from ds_offload.machine import host_memory
-from ds_offload.memory import pinned_pool, staging_ring
+from ds_offload.memory import host_block, page_locking, staging_ring
 from ds_offload.memory.pinned_pool import PinnedPool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,10 +54,12 @@ def test_staged_answers_on_a_cpu(
     class Refusing(PinnedPool):
         given: list[int]
 
-        def allocate(self, nbytes: int, *, grain: int | None = None) -> torch.Tensor:
-            block = super().allocate(nbytes, grain=grain)
-            self.given = [*getattr(self, "given", []), block.data_ptr()]
-            return block
+        def begin(
+            self, nbytes: int, *, blocks: int = 1, grain: int | None = None, part: int | None = None
+        ) -> list[torch.Tensor]:
+            made = super().begin(nbytes, blocks=blocks, grain=grain, part=part)
+            self.given = [*getattr(self, "given", []), *(block.data_ptr() for block in made)]
+            return made
 
         def left_pageable(self, block: torch.Tensor) -> bool:
             left = REFUSED[refused](self.given.index(block.data_ptr()))
@@ -83,7 +85,7 @@ class RefusingDriver:
         self.refuses, self.ring = refuses, ring
         self.held: dict[int, int] = {}
         self.asked = 0
-        self._register, self._unregister = pinned_pool._register, pinned_pool._unregister
+        self._register, self._unregister = page_locking.lock_pages, page_locking.unlock_pages
 
     def register(self, device: torch.device, address: int, size: int) -> int:
         if size in staging_ring.RING_BYTES:
@@ -121,13 +123,15 @@ def test_staged_answers_on_a_gpu(
     with make(tmp_path, "cuda", prefetch=prefetch) as gen:
         expected, stats = answers(gen)
         before = torch.cuda.memory_allocated()
+        gen.kept.release()
         driver = RefusingDriver(REFUSED[refused], ring)
-        monkeypatch.setattr(pinned_pool, "_register", driver.register)
-        monkeypatch.setattr(pinned_pool, "_unregister", driver.unregister)
+        monkeypatch.setattr(page_locking, "lock_pages", driver.register)
+        monkeypatch.setattr(page_locking, "unlock_pages", driver.unregister)
         capsys.readouterr()
         found, staged_stats = answers(gen)
         said = [line for line in capsys.readouterr().err.splitlines() if "refused to page-lock" in line]
         assert found == expected
+        gen.kept.release()
         assert driver.held == {} and torch.cuda.memory_allocated() == before
         assert len(said) == 1 and "CUDA error 2" in said[0] and "no CUDA graph" in said[0] and "ulimit -l" in said[0]
         assert (staged_stats["graph_capture_s"] is None) == (refused != "while decoding")
@@ -141,6 +145,29 @@ def test_staged_answers_on_a_gpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("first", [0, 2, 5, 8, 10, 14])
+def test_a_refusal_between_two_layers_of_a_segment(
+    first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of the layers before were written to memory that is unlocked then."""
+    save_tiny(tmp_path, tiny_config("llama", 2), torch.bfloat16)
+    # Two pages a layer, each locked by itself: 9 calls for the first prompt, 6 for the second.
+    monkeypatch.setattr(host_block, "PART_BYTES", 1)
+    with make(tmp_path, "cuda", segment_tokens=64) as gen:
+        expected, stats = answers(gen)
+        gen.kept.release()
+        driver = RefusingDriver(lambda n: n == first, True)
+        monkeypatch.setattr(page_locking, "lock_pages", driver.register)
+        monkeypatch.setattr(page_locking, "unlock_pages", driver.unregister)
+        capsys.readouterr()
+        found, staged_stats = answers(gen)
+        assert found == expected
+        assert staged_stats["host_pinned_bytes"] < stats["host_pinned_bytes"] + staging_ring.RING_BYTES[0]
+        assert capsys.readouterr().err.count("refused to page-lock") == 1
+    assert driver.held == {}
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("ring", [True, False])
 def test_a_streamed_prefill_reads_pageable_rows_back(
     ring: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -151,9 +178,10 @@ def test_a_streamed_prefill_reads_pageable_rows_back(
     monkeypatch.setattr("ds_offload.memory.plan.prefill_mode", lambda shape, room: "streamed")
     with make(tmp_path, "cuda", max_context=32_768, segment_tokens=1024) as gen:
         expected = gen.generate(prompt, max_new_tokens=16).token_ids
+        gen.kept.release()
         driver = RefusingDriver(lambda n: n >= 5, ring)
-        monkeypatch.setattr(pinned_pool, "_register", driver.register)
-        monkeypatch.setattr(pinned_pool, "_unregister", driver.unregister)
+        monkeypatch.setattr(page_locking, "lock_pages", driver.register)
+        monkeypatch.setattr(page_locking, "unlock_pages", driver.unregister)
         assert gen.generate(prompt, max_new_tokens=16).token_ids == expected
     assert driver.asked > 5 and driver.held == {}
 

@@ -18,6 +18,7 @@ from ds_offload.decode import DecodeLoop
 from ds_offload.kv_context import KVContext
 from ds_offload.prefetch.streams import Faults
 from ds_offload.prefill import prefill
+from ds_offload.prefill_layers import PrefillLayers
 
 LENGTH, NEW = 150, 6
 TOLERANCE = {"fp32": 2e-4, "bf16": 3e-2}
@@ -99,6 +100,38 @@ def test_turns_equal_one_piece(turns: list[int], streamed: bool, tmp_path: Path)
     ids = random_prompts(LENGTH)[0]
     with make(tmp_path) as gen:
         run(gen, ids, turns, streamed).check(run(gen, ids, []))
+
+
+@pytest.mark.parametrize("ready", [(), (0,), (1, 2), (1, 2, 3)])
+def test_rows_wait_on_the_device_for_their_own_layer_alone(
+    ready: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path, tiny_config("llama", 2, num_hidden_layers=4))
+    ids = random_prompts(LENGTH)[0]
+    events: list[tuple[str, int]] = []
+    project, write = PrefillLayers.project, KVContext.write_prompt
+
+    def projecting(self: PrefillLayers, layer: int, *arguments: Any) -> None:
+        events.append(("projected", layer))
+        project(self, layer, *arguments)
+
+    def writing(self: KVContext, layer: int, *arguments: Any, **options: Any) -> None:
+        events.append(("written", layer))
+        write(self, layer, *arguments, **options)
+
+    with make(tmp_path) as gen:
+        expected = run(gen, ids, [])
+        monkeypatch.setattr(PrefillLayers, "project", projecting)
+        monkeypatch.setattr(KVContext, "write_prompt", writing)
+        monkeypatch.setattr(KVContext, "has_room", lambda self, sequence, tokens, layer: layer in ready)
+        run(gen, ids, []).check(expected)
+    # A buffer is needed again two layers later; at the end all of it leaves.
+    due = {layer: layer if layer in ready else min(layer + 1, 3) for layer in range(4)}
+    expected_events = []
+    for layer in range(4):
+        expected_events.append(("projected", layer))
+        expected_events += [("written", n) for n in sorted(range(4), key=lambda n: n not in ready) if due[n] == layer]
+    assert list(dict.fromkeys(events)) == expected_events
 
 
 CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {

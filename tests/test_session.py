@@ -386,7 +386,7 @@ def test_nothing_is_held_behind_the_last_session(gen: OffloadedGenerator) -> Non
     session = gen.prefill(DOCUMENT)
     pool = session._context._pool
     fork = session.fork()
-    blocks = list(fork._context._pool._blocks)
+    blocks = list(fork._context._pool._blocks.values())
     assert pool.nbytes > 0
     session.close()
     assert pool.nbytes == 0 and all(block.holders == 1 for block in blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -78,7 +79,8 @@ class FilledRows:
 
     def lend(self, store: KVStore) -> None:
         """Make `store` grow by these segments, from the first on, instead of by new ones."""
-        store._allocate = iter(self._segments).__next__  # type: ignore[method-assign]
+        segments = iter(self._segments)
+        store._allocate = lambda count: list(itertools.islice(segments, count))  # type: ignore[method-assign]
 
     def _fill(self) -> None:
         elements = torch.Size(self._shape).numel()

@@ -20,6 +20,7 @@ from ds_offload.errors import InputError
 from ds_offload.families import check_supported
 from ds_offload.kv_context import KVContext
 from ds_offload.loading import LoadedModel, find_model, load_weights
+from ds_offload.memory.kept_blocks import KeptBlocks
 from ds_offload.memory.plan import MemoryPlan
 from ds_offload.memory_check import check_memory, settle_config
 from ds_offload.notices import notice
@@ -52,8 +53,10 @@ class Rates:
 def bench_prefill(
     device: torch.device, sizes: PrefillSizes, config: OffloadConfig
 ) -> tuple[list[BenchRow], list[str], OffloadConfig]:
-    """Time whole prefills.
+    """Time whole prefills, from an empty context to the first new token.
 
+    They are timed with memory that is page-locked already (warm), with none of it (cold), and
+    with nothing leaving for the store; what the second and third cost over the others is a figure of the rows.
     The limit is the time of the model's operations at the rates of torch's own matrix
     product and fastest attention, both measured now for this shape.
 
@@ -76,11 +79,23 @@ def bench_prefill(
     notice(f"bench prefill: random weights of {sizes.model}'s shape")
     loaded = load_weights(source, device)
     limit = least_seconds(loaded, sizes.tokens, measure_rates(loaded))
-    rows = [
-        _row("prefill", loaded, config, sizes, limit, plan, leave=True),
-        _row("prefill, nothing leaves for the store", loaded, config, sizes, limit, plan, leave=False),
-    ]
-    notes = []
+    bench = _Prefills(loaded, config, sizes, limit, plan)
+    kept, notes = KeptBlocks(), []
+    try:
+        notice("bench prefill: warm-up")
+        bench.seconds(kept)
+        alone = bench.row("prefill, nothing leaves for the store", kept, leave=False)
+        warm = bench.row("prefill, warm", kept)
+    finally:
+        kept.close()
+    warm.extra["over_nothing_leaving"] = warm.median / alone.median
+    rows = [warm, alone]
+    if device.type == "cuda":
+        cold = bench.row("prefill, cold", None)
+        cold.extra["over_warm"] = cold.median / warm.median
+        rows.insert(1, cold)
+    else:
+        notes.append("a cold prefill was left out: without a GPU no memory is page-locked")
     if sizes.with_transformers:
         theirs = _transformers(loaded, sizes, limit)
         if isinstance(theirs, str):
@@ -137,43 +152,57 @@ def measure_rates(loaded: LoadedModel) -> Rates:
     return Rates(linear, 4 * pairs * shape.head_dim / min(seconds))
 
 
-@torch.no_grad()
-def _row(
-    name: str,
-    loaded: LoadedModel,
-    config: OffloadConfig,
-    sizes: PrefillSizes,
-    limit: float,
-    plan: MemoryPlan,
-    leave: bool,
-) -> BenchRow:
-    """Time prefills into fresh contexts; the first one warms up and is not counted."""
-    decoder = DecoderStack(loaded.model)
-    ids = torch.randint(loaded.source.shape.vocab_size, (sizes.tokens,), generator=torch.Generator().manual_seed(0))
-    cuda = loaded.device.type == "cuda"
-    samples: list[float] = []
-    for repeat in range(1 + sizes.repeats):
-        notice(f"bench prefill: {name}, {'warm-up' if repeat == 0 else f'{repeat} of {sizes.repeats}'}")
-        with KVContext(decoder, config, random_calibration(loaded), [sizes.tokens + 1]) as context:
+class _Prefills:
+    """The same prompt, read into fresh contexts again and again."""
+
+    def __init__(
+        self, loaded: LoadedModel, config: OffloadConfig, sizes: PrefillSizes, limit: float, plan: MemoryPlan
+    ) -> None:
+        self._loaded, self._config, self._sizes, self._limit, self._plan = loaded, config, sizes, limit, plan
+        self._decoder = DecoderStack(loaded.model)
+        self._calibration = random_calibration(loaded)
+        vocabulary, generator = loaded.source.shape.vocab_size, torch.Generator().manual_seed(0)
+        self._ids = torch.randint(vocabulary, (sizes.tokens,), generator=generator).tolist()
+        self._pinned = 0
+
+    def row(self, name: str, kept: KeptBlocks | None, leave: bool = True) -> BenchRow:
+        """Time prefills whose page-locked memory comes from `kept`, and goes there."""
+        cuda = self._loaded.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self._loaded.device)
+        samples = []
+        for repeat in range(self._sizes.repeats):
+            notice(f"bench prefill: {name}, {repeat + 1} of {self._sizes.repeats}")
+            samples.append(self.seconds(kept, leave))
+        timing = Timing.of(samples)
+        return BenchRow.of(
+            name,
+            timing,
+            "s",
+            self._limit,
+            tokens_per_s=self._sizes.tokens / timing.median,
+            gpu_peak_bytes=torch.cuda.max_memory_allocated(self._loaded.device) if cuda else 0,
+            gpu_planned_bytes=self._plan.gpu_tensors if cuda else 0,
+            host_pinned_bytes=self._pinned,
+            host_planned_bytes=self._plan.host_kv if cuda else 0,
+        )
+
+    @torch.no_grad()
+    def seconds(self, kept: KeptBlocks | None, leave: bool = True) -> float:
+        """One prefill, the making of its context and all that it locks counted, but not its end."""
+        device, tokens = self._loaded.device, self._sizes.tokens
+        started = _now(device)
+        with KVContext(self._decoder, self._config, self._calibration, [tokens + 1], kept=kept) as context:
             if not leave:
                 context.write_prompt = lambda *_, **__: None  # type: ignore[method-assign]
-            if cuda:
-                torch.cuda.reset_peak_memory_stats(loaded.device)
-            started = _now(loaded.device)
-            prefill(decoder, context, 0, ids.tolist(), streamed=plan.prefill_mode == "streamed")
-            samples.append(_now(loaded.device) - started)
-    peak = torch.cuda.max_memory_allocated(loaded.device) if cuda else 0
-    timing = Timing.of(samples[1:])
-    return BenchRow.of(
-        name,
-        timing,
-        "s",
-        limit,
-        tokens_per_s=sizes.tokens / timing.median,
-        first_s=samples[0],
-        gpu_peak_bytes=peak,
-        gpu_planned_bytes=plan.gpu_tensors if cuda else 0,
-    )
+            context.prepare(0, tokens + 1)
+            streamed = self._plan.prefill_mode == "streamed"
+            logits = prefill(self._decoder, context, 0, self._ids, streamed=streamed)
+            context.reserve(0, tokens + 1)
+            logits.argmax().item()
+            seconds = _now(device) - started
+            self._pinned = context.pinned_bytes
+        return seconds
 
 
 @torch.no_grad()

@@ -122,7 +122,7 @@ def test_decode_with_other_options(command: Any, ids_model: str, arguments: tupl
 def test_prefill(command: Any, ids_model: str) -> None:
     arguments = ("--model", ids_model, "--ctx", "300", "--repeats", "2", "--dtype", "fp32")
     result = bench_json(command, "prefill", *arguments)
-    assert [row["name"] for row in result["rows"]] == ["prefill", "prefill, nothing leaves for the store"]
+    assert [row["name"] for row in result["rows"]] == ["prefill, warm", "prefill, nothing leaves for the store"]
     assert result["options"]["tokens"] == 300 and result["rows"][0]["ratio"] > 0
 
 

@@ -50,11 +50,12 @@ def test_blocks_are_files_without_a_name(named: bool, tmp_path: Path, monkeypatc
     if named:
         without_nameless_files(monkeypatch)
     pool = FileSegments(tmp_path, CPU)
-    pool.prepare(3 * MIB + 5, blocks=2)
+    first, last = pool.begin(3 * MIB + 5, blocks=2)
     assert list(tmp_path.iterdir()) == []
     # Whole pages are taken.
     assert pool.nbytes == mapped(tmp_path) == 2 * (3 * MIB + 4096) and pool.pinned_bytes == 0
-    blocks = [pool.allocate(size) for size in (3 * MIB + 5, MIB, 3 * MIB + 5)]
+    blocks = [first, *pool.begin(MIB), last]
+    assert all(pool.is_ready(block, len(block)) for block in blocks) and not pool.busy
     assert pool.nbytes == mapped(tmp_path) == 7 * MIB + 2 * 4096
     assert [len(block) for block in blocks] == [3 * MIB + 5, MIB, 3 * MIB + 5]
     for number, block in enumerate(blocks):
@@ -67,13 +68,13 @@ def test_blocks_are_files_without_a_name(named: bool, tmp_path: Path, monkeypatc
     assert pool.nbytes == 0
     # Whoever still has a tensor may read it.
     assert int(blocks[1][-1]) == 2
-    del blocks, block
+    del blocks, block, first, last
     assert mapped(tmp_path) == 0
 
 
 def test_a_block_goes_with_the_last_pool_that_has_it(tmp_path: Path) -> None:
     first, second = FileSegments(tmp_path, CPU), FileSegments(tmp_path, CPU)
-    block = first.allocate(MIB)
+    (block,) = first.begin(MIB)
     block.fill_(7)
     second.adopt(first, block)
     address = block.data_ptr()
@@ -88,7 +89,7 @@ def test_a_block_goes_with_the_last_pool_that_has_it(tmp_path: Path) -> None:
 def test_a_cuda_device_cannot_read_them_in_place(tmp_path: Path) -> None:
     for device, pageable in ((CPU, False), (CUDA, True)):
         pool = FileSegments(tmp_path, device)
-        assert pool.left_pageable(pool.allocate(MIB)) is pageable
+        assert pool.left_pageable(pool.begin(MIB)[0]) is pageable
         pool.close()
 
 
@@ -105,28 +106,28 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(file_segments.os, "posix_fallocate", fill)
     pool = FileSegments(tmp_path, CPU)
-    block = pool.allocate(MIB)
+    (block,) = pool.begin(MIB)
     block.fill_(1)
     message = rf"kv_dir={tmp_path} has no room for 1 MiB of K/V after 0.00 GiB \(No space left on device\); free"
     with pytest.raises(MemoryPlanError, match=message) as error:
-        pool.prepare(MIB, blocks=3)
+        pool.begin(MIB, blocks=3)
     assert "\n" not in str(error.value)
     assert pool.nbytes == MIB and mapped(tmp_path) == MIB and list(tmp_path.iterdir()) == []
     with pytest.raises(MemoryPlanError, match="has no room"):
-        pool.allocate(MIB)
+        pool.begin(MIB)
     left[0] = 3
-    pool.prepare(MIB, blocks=3)
-    assert pool.nbytes == 4 * MIB and bool((block == 1).all())
+    kept = pool.begin(MIB, blocks=3)
+    assert len(kept) == 3 and pool.nbytes == 4 * MIB and bool((block == 1).all())
     pool.close()
 
 
 def test_a_folder_that_goes_away(tmp_path: Path) -> None:
     (tmp_path / "kv").mkdir()
     pool = FileSegments(tmp_path / "kv", CPU)
-    pool.allocate(MIB)
+    pool.begin(MIB)
     (tmp_path / "kv").rmdir()
     with pytest.raises(InputError, match=r"cannot write to kv_dir=.*No such file"):
-        pool.allocate(MIB)
+        pool.begin(MIB)
     pool.close()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fake_driver import FakeDriver
 
+from ds_offload.memory.host_block import PAGE
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.pinned_pool import PinnedPool
 
@@ -68,37 +70,114 @@ def test_rows_are_read_back_from_anywhere(start: int, stop: int, location: str) 
         assert store.prompt_shape(stop) == (HEADS, stop, 2, DIM)
 
 
-def test_segments_made_ahead_are_those_that_are_taken() -> None:
-    class Counting(PinnedPool):
-        prepared = allocated = 0
+class LayerByLayer(PinnedPool):
+    """Says which parts of which blocks are asked for, and has them ready up to `ready` bytes of each."""
 
-        def prepare(self, nbytes: int, *, blocks: int = 1, grain: int | None = None) -> None:
-            self.prepared += blocks
-            assert (nbytes, grain) == (2 * HEADS * SEGMENT * 2 * DIM * 4, SEGMENT * 2 * DIM * 4)
-            super().prepare(nbytes, blocks=blocks, grain=grain)
+    ready = 0
 
-        def allocate(self, nbytes: int, *, grain: int | None = None) -> torch.Tensor:
-            self.allocated += 1
-            assert not self.prepared or any(self._ahead.values())
-            return super().allocate(nbytes, grain=grain)
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.begun: list[int] = []
+        self.waited: list[int | None] = []
 
-    with Counting(CPU) as pool:
+    def begin(
+        self, nbytes: int, *, blocks: int = 1, grain: int | None = None, part: int | None = None
+    ) -> list[torch.Tensor]:
+        head = SEGMENT * 2 * DIM * 4
+        assert (nbytes, grain, part) == (2 * HEADS * head, head, HEADS * head)
+        self.begun.append(blocks)
+        return super().begin(nbytes, blocks=blocks, grain=grain, part=part)
+
+    @property
+    def busy(self) -> bool:
+        return True
+
+    def is_ready(self, block: torch.Tensor, nbytes: int) -> bool:
+        return nbytes <= self.ready
+
+    def wait(self, block: torch.Tensor, nbytes: int | None = None) -> None:
+        self.waited.append(nbytes)
+
+
+def test_segments_are_begun_together_and_waited_for_layer_by_layer() -> None:
+    layer = HEADS * SEGMENT * 2 * DIM * 4
+    with LayerByLayer() as pool:
         store = make([30, 1], pool)
-        assert (pool.prepared, pool.allocated) == (0, 5)
+        assert pool.begun == [4, 1] and pool.waited == [None] * 5
         store.prepare(0, 6 * SEGMENT)
         store.prepare(0, 6 * SEGMENT - 3)
-        assert pool.prepared == 2 and store.has_room(0, 4 * SEGMENT) and not store.has_room(0, 4 * SEGMENT + 1)
-        for tokens in (4 * SEGMENT + 1, 5 * SEGMENT, 6 * SEGMENT):
-            store.reserve(0, tokens)
-            assert store.has_room(0, tokens)
-        assert pool.allocated == 5 + 2 and not any(pool._ahead.values())
-        store.prepare(1, SEGMENT)
-        store.prepare(1, SEGMENT + 1)
-        assert pool.prepared == 3
-        store.reserve(1, SEGMENT + 1)
+        assert pool.begun == [4, 1, 2] and len(pool.waited) == 5
+        assert not store.has_room(0, 1, 0)
+        pool.ready = layer
+        assert store.has_room(0, 6 * SEGMENT, 0) and not store.has_room(0, 1, 2)
+        assert not store.has_room(0, 6 * SEGMENT + 1, 0)
+        pool.ready = 2 * layer
+        assert store.has_room(0, 6 * SEGMENT, 2)
+        pool.waited.clear()
+        store.reserve(0, 6 * SEGMENT, layer=0, start=4 * SEGMENT)
+        assert pool.waited == [layer] * 2
+        store.reserve(0, 2 * SEGMENT + 1, layer=2, start=2 * SEGMENT - 1)
+        assert pool.waited[2:] == [2 * layer] * 2
+        store.reserve(0, 6 * SEGMENT)
+        assert pool.waited[4:] == [None] * 6 and pool.begun == [4, 1, 2]
     on_device = make([3], None)
-    on_device.prepare(0, 100)
-    assert not on_device.has_room(0, SEGMENT + 1)
+    on_device.prepare(0, 3 * SEGMENT)
+    assert on_device.has_room(0, 3 * SEGMENT, 2) and not on_device.has_room(0, 3 * SEGMENT + 1, 2)
+
+
+def test_segments_that_turn_pageable_lose_their_address() -> None:
+    class Refused(PinnedPool):
+        turned: tuple[int, ...] = ()
+
+        @property
+        def refusals(self) -> int:
+            return len(self.turned)
+
+        def left_pageable(self, block: torch.Tensor) -> bool:
+            return block.data_ptr() in self.turned
+
+    with Refused(CPU) as pool:
+        store = make([29], pool)
+        rows = torch.randn(HEADS, 29, 2, DIM)
+        store.write_prompt(0, 0, 0, rows)
+        pool.turned = tuple(store.table.addresses[0, 1:3].tolist())
+        assert not store.staged
+        store.reserve(0, 29, layer=2)
+        assert store.staged
+        assert [bool(address) for address in store.table.addresses[0, :4]] == [True, False, False, True]
+        store.write_prompt(2, 0, 0, rows * 2)
+        out = torch.empty(1, HEADS, 29, 2, DIM)
+        tokens = torch.arange(29).expand(1, HEADS, -1)
+        for layer, expected in ((0, rows), (2, rows * 2)):
+            store.gather(layer, tokens, tokens, out)
+            assert torch.equal(out[0], expected)
+        store.close()
+
+
+@pytest.mark.parametrize("taken", range(17))
+def test_rows_survive_a_refusal_between_two_layers(taken: int, driver: FakeDriver) -> None:
+    """Two pages a layer, two layers and four segments; the driver takes so many pages."""
+    driver.refuses = lambda size, held: held + size > taken * PAGE
+    tokens = 2 * PAGE // (2 * DIM * 4)
+    length = 4 * tokens - 5
+    with PinnedPool(torch.device("cuda", 0), "said once") as pool:
+        store = KVStore(
+            layers=[0, 1], sequences=1, kv_heads=1, head_dim=DIM, dtype=torch.float32, device=CPU, pool=pool,
+            segment_tokens=tokens, max_tokens=length,
+        )  # fmt: skip
+        rows = torch.randn(2, 1, length, 2, DIM)
+        store.prepare(0, length)
+        for layer in range(2):
+            store.reserve(0, length, layer)
+            store.write_prompt(layer, 0, 0, rows[layer])
+        store.reserve(0, length)
+        whole = taken // 4
+        assert pool.pinned_bytes == sum(driver.registered.values()) == whole * 4 * PAGE
+        known = [bool(address) for address in store.table.addresses[0, :4]]
+        assert known == [True] * whole + [False] * (4 - whole) and store.staged == (whole < 4)
+        for layer in range(2):
+            assert torch.equal(torch.cat(list(store.parts(layer, 0, 0, length))), rows[layer, 0])
+        store.close()
 
 
 def test_a_prompt_written_in_pieces_equals_one_written_at_once() -> None:

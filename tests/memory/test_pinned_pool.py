@@ -9,62 +9,22 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from fake_driver import FakeDriver
 
 from ds_offload.errors import MemoryPlanError
 from ds_offload.machine.host_memory import memlock_limit
-from ds_offload.memory import pinned_pool
+from ds_offload.memory import host_block, page_locking, preparation
+from ds_offload.memory.host_block import PAGE, HostBlock
 from ds_offload.memory.pinned_pool import PinnedPool
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-MIB, PAGE = 1 << 20, pinned_pool._PAGE
-
-
-class FakeDriver:
-    """Keeps what is registered, and refuses what `refuses(size, held)` says."""
-
-    def __init__(self) -> None:
-        self.registered: dict[int, int] = {}
-        self.threads: list[str] = []
-        self.synchronized = 0
-        self.refuses: Callable[[int, int], bool] = lambda size, held: False
-        self.most = 0
-
-    def register(self, device: torch.device, address: int, size: int) -> int:
-        assert device == CUDA and address % PAGE == 0 and size % PAGE == 0 and size > 0
-        self.threads.append(threading.current_thread().name)
-        if self.refuses(size, sum(self.registered.values())):
-            return 2
-        for start, length in self.registered.items():
-            assert address + size <= start or start + length <= address, "registered twice"
-        self.registered[address] = size
-        self.most = max(self.most, sum(self.registered.values()))
-        return 0
-
-    def unregister(self, device: torch.device, address: int) -> None:
-        assert self.registered.pop(address, None), "was not registered"
-
-    def synchronize(self, device: torch.device) -> None:
-        self.synchronized += 1
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
-    """A driver in the place of CUDA's; no test may leave anything registered."""
-    fake = FakeDriver()
-    monkeypatch.setattr(pinned_pool, "_register", fake.register)
-    monkeypatch.setattr(pinned_pool, "_unregister", fake.unregister)
-    monkeypatch.setattr(pinned_pool, "_synchronize", fake.synchronize)
-    monkeypatch.setattr(pinned_pool, "place_near", lambda device, address, size: None)
-    monkeypatch.setattr(pinned_pool, "_SMALLEST_PIECE", 4 * PAGE)
-    yield fake
-    assert fake.registered == {}
+MIB = 1 << 20
 
 
 @pytest.mark.parametrize("nbytes", [1, 3, PAGE, 5 * PAGE + 7])
@@ -87,7 +47,7 @@ def test_blocks_are_zeroed_and_distinct(nbytes: int, device: torch.device, drive
 @pytest.mark.parametrize(("nbytes", "grain"), [(0, None), (-1, None), (10, 0), (10, -4)])
 def test_sizes_below_one_are_refused(nbytes: int, grain: int | None) -> None:
     with PinnedPool(CPU) as pool:
-        for ask in (pool.allocate, pool.prepare):
+        for ask in (pool.allocate, pool.begin):
             with pytest.raises(ValueError, match="must be at least 1"):
                 ask(nbytes, grain=grain)
 
@@ -110,18 +70,22 @@ def test_a_refusal_is_one_line_with_cause_cost_and_cure_and_leaves_the_rest(driv
     assert pool.nbytes == 0
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("together", [False, True])
 def test_with_a_cost_to_name_the_pool_goes_on_with_pageable_blocks_and_says_so_once(
-    ahead: bool, driver: FakeDriver, capsys: pytest.CaptureFixture[str]
+    together: bool, driver: FakeDriver, capsys: pytest.CaptureFixture[str]
 ) -> None:
     driver.refuses = lambda size, held: held + size > 40 * PAGE
     with PinnedPool(CUDA, "rows take a detour") as pool:
-        if ahead:
-            pool.prepare(16 * PAGE, blocks=5, grain=PAGE)
-        blocks = [pool.allocate(16 * PAGE, grain=PAGE) for _ in range(5)]
+        if together:
+            blocks = pool.begin(16 * PAGE, blocks=5, grain=PAGE)
+        else:
+            blocks = [pool.allocate(16 * PAGE, grain=PAGE) for _ in range(5)]
+        for block in blocks:
+            pool.wait(block)
         assert [pool.left_pageable(block) for block in blocks] == [False, False, True, True, True]
+        assert pool.refusals == (3 if together else 1) and not pool.busy
         assert pool.nbytes == 80 * PAGE
-        # A block is registered whole or not at all, and nothing is tried behind the first refusal.
+        # A block is locked whole or not at all, and nothing is tried behind the first refusal.
         assert pool.pinned_bytes == sum(driver.registered.values()) == 32 * PAGE
         tried = len(driver.threads)
         for number, block in enumerate(blocks):
@@ -141,7 +105,7 @@ def test_on_a_cpu_no_block_counts_as_pageable() -> None:
         assert not pool.left_pageable(pool.allocate(PAGE))
 
 
-def test_a_block_that_is_refused_as_a_whole_is_registered_in_pieces_of_whole_grains(driver: FakeDriver) -> None:
+def test_a_block_that_is_refused_as_a_whole_is_locked_in_pieces_of_whole_grains(driver: FakeDriver) -> None:
     driver.refuses = lambda size, held: size > 9 * PAGE
     grain = 3 * PAGE // 2
     with PinnedPool(CUDA) as pool:
@@ -172,35 +136,133 @@ def test_pieces_that_were_taken_are_let_go_when_a_later_one_is_refused(driver: F
     assert driver.most % (4 * PAGE) == 0
 
 
-def test_allocate_takes_what_prepare_made_in_order_and_makes_the_rest_itself(driver: FakeDriver) -> None:
+def test_parts_are_locked_in_order_across_blocks(driver: FakeDriver) -> None:
     with PinnedPool(CUDA) as pool:
-        pool.prepare(5 * PAGE - 9, blocks=2)
-        pool.prepare(3 * PAGE)
-        blocks = [pool.allocate(5 * PAGE - 9) for _ in range(3)] + [pool.allocate(3 * PAGE)]
-        assert [block.numel() for block in blocks] == [5 * PAGE - 9] * 3 + [3 * PAGE]
-        assert len({block.data_ptr() for block in blocks}) == 4
-        assert sum(name.startswith("pinned-pool") for name in driver.threads) == 3
-        assert pool.pinned_bytes == pool.nbytes == 18 * PAGE
+        blocks = pool.begin(7 * PAGE - 9, blocks=3, grain=PAGE // 2, part=PAGE)
+        assert [block.numel() for block in blocks] == [7 * PAGE - 9] * 3 and pool.busy
+        for block in blocks:
+            pool.wait(block)
+        bases = [block.data_ptr() for block in blocks]
+        assert list(driver.registered.items()) == [
+            (base + start * PAGE, pages * PAGE) for start, pages in ((0, 2), (2, 2), (4, 2), (6, 1)) for base in bases
+        ]
+        assert pool.pinned_bytes == pool.nbytes == 21 * PAGE and not pool.busy
+        assert all(name.startswith("pinned-pool") for name in driver.threads)
     assert not any(thread.name.startswith("pinned-pool") for thread in threading.enumerate())
 
 
-def test_a_block_prepared_with_another_size_or_grain_is_left(driver: FakeDriver) -> None:
-    with PinnedPool(CUDA) as pool:
-        pool.prepare(5 * PAGE)
-        pool.allocate(4 * PAGE)
-        pool.allocate(5 * PAGE, grain=PAGE)
-        pool.allocate(5 * PAGE)
-        assert pool.nbytes == 14 * PAGE
+@pytest.mark.parametrize(("part", "ends"), [(None, [11]), (1, [2, 4, 6, 8, 10, 11]), (3, [3, 6, 9, 11]), (11, [11])])
+def test_parts_end_at_whole_pages_and_parts(part: int | None, ends: list[int], driver: FakeDriver) -> None:
+    layout = host_block.BlockLayout(11 * PAGE - 1, 1, None if part is None else part * PAGE)
+    assert layout.ends == [end * PAGE for end in ends]
+    # Parts of half a page more end on a page every other time.
+    odd = host_block.BlockLayout(20 * PAGE, 1, 3 * PAGE // 2)
+    assert odd.ends == [end * PAGE for end in (3, 6, 9, 12, 15, 18, 20)]
+    with pytest.raises(ValueError, match="multiple of grain"):
+        host_block.BlockLayout(20 * PAGE, 3, 7)
 
 
-def test_a_refusal_in_the_background_is_raised_by_the_allocate_that_takes_the_block(driver: FakeDriver) -> None:
+def test_a_block_may_be_written_as_far_as_it_is_locked(driver: FakeDriver) -> None:
+    gate = threading.Semaphore(0)
+
+    def gated(device: torch.device, address: int, size: int) -> int:
+        assert gate.acquire(timeout=10)
+        return driver.lock(device, address, size)
+
+    with pytest.MonkeyPatch.context() as patch, PinnedPool(CUDA) as pool:
+        patch.setattr(page_locking, "lock_pages", gated)
+        one, other = pool.begin(8 * PAGE, blocks=2, part=2 * PAGE)
+        assert not pool.is_ready(one, 1)
+        gate.release(3)
+        pool.wait(one, 4 * PAGE)
+        assert pool.is_ready(one, 4 * PAGE) and pool.is_ready(other, 2 * PAGE)
+        assert not pool.is_ready(one, 4 * PAGE + 1) and not pool.is_ready(other, 2 * PAGE + 1)
+        gate.release(5)
+        pool.wait(other)
+        assert pool.is_ready(one, 8 * PAGE) and pool.pinned_bytes == 16 * PAGE
+
+
+def test_after_a_refusal_whole_blocks_take_what_parts_of_others_gave_back(
+    driver: FakeDriver, capsys: pytest.CaptureFixture[str]
+) -> None:
+    driver.refuses = lambda size, held: held + size > 41 * PAGE
+    with PinnedPool(CUDA, "rows take a detour") as pool:
+        blocks = pool.begin(16 * PAGE, blocks=5, grain=PAGE, part=2 * PAGE)
+        # What is written to the parts that are there stays.
+        for number, block in enumerate(blocks):
+            pool.wait(block, 2 * PAGE)
+            block[: 2 * PAGE] = number + 1
+        for block in blocks:
+            pool.wait(block, 10 * PAGE)
+        # Forty pages were taken in parts of all five: two whole blocks are made of them.
+        assert [pool.left_pageable(block) for block in blocks] == [False, False, True, True, True]
+        assert pool.refusals == 3 and driver.synchronized == 1
+        assert pool.pinned_bytes == sum(driver.registered.values()) == 32 * PAGE
+        for number, block in enumerate(blocks):
+            assert bool((block[: 2 * PAGE] == number + 1).all()) and not block[2 * PAGE :].any()
+    assert capsys.readouterr().err.count("rows take a detour") == 1
+
+
+def test_a_block_that_is_refused_again_is_left_pageable(driver: FakeDriver) -> None:
+    left = 9
+
+    def refuses(size: int, held: int) -> bool:
+        nonlocal left
+        left -= 1
+        return left < 0
+
+    driver.refuses = refuses
+    with PinnedPool(CUDA, "rows take a detour") as pool:
+        blocks = pool.begin(8 * PAGE, blocks=3, grain=PAGE, part=2 * PAGE)
+        for block in blocks:
+            pool.wait(block)
+        assert [pool.left_pageable(block) for block in blocks] == [True] * 3
+        assert pool.pinned_bytes == 0 and driver.registered == {}
+
+
+def test_a_refusal_in_the_background_is_raised_by_who_waits(driver: FakeDriver) -> None:
     driver.refuses = lambda size, held: held > 0
     with PinnedPool(CUDA) as pool:
-        pool.prepare(8 * PAGE, blocks=2)
-        pool.allocate(8 * PAGE)
-        with pytest.raises(MemoryPlanError, match="refused"):
-            pool.allocate(8 * PAGE)
-        assert pool.nbytes == 8 * PAGE
+        one, other = pool.begin(8 * PAGE, blocks=2)
+        pool.wait(one)
+        for _ in range(2):
+            with pytest.raises(MemoryPlanError, match="refused"):
+                pool.wait(other)
+        assert pool.pinned_bytes == 8 * PAGE
+
+
+def test_pages_are_there_before_they_are_locked(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    touched: list[tuple[int, int]] = []
+    touch = preparation.touch
+
+    def noted(address: int, size: int) -> None:
+        touch(address, size)
+        touched.append((address, size))
+
+    def lock(device: torch.device, address: int, size: int) -> int:
+        assert sum(length for start, length in touched if address <= start < address + size) == size
+        return driver.lock(device, address, size)
+
+    monkeypatch.setattr(preparation, "touch", noted)
+    monkeypatch.setattr(preparation, "TOUCH_BYTES", 3 * PAGE)
+    monkeypatch.setattr(page_locking, "lock_pages", lock)
+    with PinnedPool(CUDA) as pool:
+        for block in pool.begin(40 * PAGE, blocks=3, part=8 * PAGE):
+            pool.wait(block)
+        assert len(touched) == 3 * 5 * 3
+
+
+@pytest.mark.parametrize("populates", [False, True])
+def test_touching_takes_memory_and_leaves_zeros(populates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not populates:
+        monkeypatch.setattr(host_block, "_populate", lambda address, size: False)
+    block = HostBlock.map(host_block.BlockLayout(32 * MIB), CPU)
+    before = resident_bytes()
+    host_block.touch(block.address, 32 * MIB)
+    assert resident_bytes() >= before + 30 * MIB
+    assert not block.tensor().any()
+    block.release()
+    assert resident_bytes() < before + 8 * MIB
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -208,33 +270,33 @@ def test_close_joins_the_thread_and_releases_blocks_nobody_took(
     error: type[BaseException], driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started, go_on = threading.Event(), threading.Event()
-    touch = pinned_pool._touch
+    touch = preparation.touch
 
     def slow_touch(address: int, size: int) -> None:
         started.set()
         go_on.wait(10)
         touch(address, size)
 
-    monkeypatch.setattr(pinned_pool, "_touch", slow_touch)
+    monkeypatch.setattr(preparation, "touch", slow_touch)
     with pytest.raises(error), PinnedPool(CUDA) as pool:
-        pool.prepare(8 * PAGE, blocks=5)
+        pool.begin(8 * PAGE, blocks=5)
         assert started.wait(10)
         threading.Timer(0.05, go_on.set).start()
         raise error
     assert pool.nbytes == pool.pinned_bytes == 0
-    # The block that was being touched is not registered any more, and the others were not begun.
+    # The block that was being touched is not locked any more, and the others were not begun.
     assert driver.threads == []
     assert not any(thread.name.startswith("pinned-pool") for thread in threading.enumerate())
 
 
-def test_an_interrupt_while_registering_leaves_nothing(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_locking_leaves_nothing(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(device: torch.device, address: int, size: int) -> int:
-        driver.register(device, address, size)
+        driver.lock(device, address, size)
         raise KeyboardInterrupt
 
     with PinnedPool(CUDA) as pool:
         pool.allocate(PAGE)
-        monkeypatch.setattr(pinned_pool, "_register", interrupted)
+        monkeypatch.setattr(page_locking, "lock_pages", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pool.allocate(8 * PAGE)
         assert pool.nbytes == sum(driver.registered.values()) == PAGE
@@ -246,7 +308,7 @@ def test_blocks_are_released_where_waiting_for_the_device_fails(
     def broken(device: torch.device) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(pinned_pool, "_synchronize", broken)
+    monkeypatch.setattr(page_locking, "synchronize", broken)
     pool = PinnedPool(CUDA)
     pool.allocate(PAGE)
     with pytest.raises(RuntimeError, match="illegal"):
@@ -258,7 +320,7 @@ def test_a_pool_can_be_closed_twice_and_used_again(driver: FakeDriver) -> None:
     pool = PinnedPool(CUDA)
     pool.close()
     for _ in range(2):
-        pool.prepare(2 * PAGE)
+        pool.begin(2 * PAGE)
         assert not pool.allocate(2 * PAGE).any()
         pool.close()
         pool.close()
@@ -303,21 +365,20 @@ def test_pages_go_back_even_while_a_tensor_is_left(driver: FakeDriver) -> None:
 
 def test_mappings_go_with_the_last_tensor(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     mapped: list[weakref.ref[mmap.mmap]] = []
-    make = pinned_pool._Block.map
+    make = HostBlock.map
 
-    def recorded(size: int) -> pinned_pool._Block:
-        block = make(size)
+    def recorded(layout: host_block.BlockLayout, device: torch.device) -> HostBlock:
+        block = make(layout, device)
         mapped.append(weakref.ref(block.memory))
         return block
 
-    monkeypatch.setattr(pinned_pool._Block, "map", recorded)
+    monkeypatch.setattr(HostBlock, "map", recorded)
     driver.refuses = lambda size, held: size > 8 * PAGE
     with PinnedPool(CUDA) as pool:
         pool.allocate(8 * PAGE)
         with pytest.raises(MemoryPlanError):
             pool.allocate(16 * PAGE)
-        pool.prepare(7 * PAGE, blocks=3)
-        kept = pool.allocate(7 * PAGE)
+        kept = pool.begin(7 * PAGE, blocks=3)[1]
     gc.collect()
     assert len(mapped) >= 4 and sum(memory() is not None for memory in mapped) == 1
     del kept
@@ -331,7 +392,7 @@ def test_memlock_does_not_matter_without_a_gpu() -> None:
         "import torch; from ds_offload.memory.pinned_pool import PinnedPool\n"
         "from ds_offload.machine.host_memory import memlock_limit; assert memlock_limit() == 65536\n"
         "with PinnedPool(torch.device('cpu')) as pool:\n"
-        "    pool.prepare(1 << 20); pool.allocate(1 << 20).fill_(1); pool.allocate(8 << 20).fill_(2)\n"
+        "    pool.begin(1 << 20)[0].fill_(1); pool.allocate(8 << 20).fill_(2)\n"
         "    print(pool.nbytes, pool.pinned_bytes)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -358,9 +419,9 @@ def pinned_and_right(block: torch.Tensor) -> None:
 @pytest.mark.gpu
 def test_blocks_are_page_locked() -> None:
     with PinnedPool(CUDA) as pool:
-        pool.prepare(3 * MIB, blocks=2)
-        blocks = [pool.allocate(3 * MIB), pool.allocate(3 * MIB), pool.allocate(MIB + 5)]
+        blocks = [*pool.begin(3 * MIB, blocks=2), pool.allocate(MIB + 5)]
         for block in blocks:
+            pool.wait(block)
             assert block.is_pinned()
             pinned_and_right(block)
         assert pool.pinned_bytes == pool.nbytes >= 7 * MIB
@@ -373,13 +434,13 @@ def test_a_real_refusal_leaves_no_error_behind_in_its_thread_or_another() -> Non
         block = pool.allocate(MIB)
         address = block.data_ptr()
         # Registered already: refused, with a pending error until it is cleared.
-        assert pinned_pool._register(CUDA, address, MIB) != 0
+        assert page_locking.lock_pages(CUDA, address, MIB) != 0
         assert int(torch.ones(1000, device="cuda").add_(1).sum()) == 2000
         failures: list[BaseException] = []
 
         def in_background() -> None:
             try:
-                assert pinned_pool._register(CUDA, address, MIB) != 0
+                assert page_locking.lock_pages(CUDA, address, MIB) != 0
                 assert int(torch.ones(1000, device="cuda").add_(1).sum()) == 2000
             except BaseException as error:
                 failures.append(error)
@@ -390,40 +451,53 @@ def test_a_real_refusal_leaves_no_error_behind_in_its_thread_or_another() -> Non
         assert failures == []
         torch.cuda.synchronize()
         # Neither is one left by letting go of what is not registered.
-        pinned_pool._unregister(CUDA, address)
-        pinned_pool._unregister(CUDA, address)
+        page_locking.unlock_pages(CUDA, address)
+        page_locking.unlock_pages(CUDA, address)
         assert int(torch.ones(1000, device="cuda").add_(1).sum()) == 2000
-        assert pinned_pool._register(CUDA, address, MIB) == 0
+        assert page_locking.lock_pages(CUDA, address, MIB) == 0
 
 
 @pytest.mark.gpu
 def test_torch_clears_the_error_where_the_runtime_library_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pinned_pool, "_cuda_runtime", lambda: None)
+    monkeypatch.setattr(page_locking, "_cuda_runtime", lambda: None)
     with PinnedPool(CUDA) as pool:
         address = pool.allocate(MIB).data_ptr()
-        assert pinned_pool._register(CUDA, address, MIB) != 0
+        assert page_locking.lock_pages(CUDA, address, MIB) != 0
         assert int(torch.ones(1000, device="cuda").add_(1).sum()) == 2000
 
 
 @pytest.mark.gpu
 def test_a_block_registered_in_pieces_is_read_and_written_grain_by_grain(monkeypatch: pytest.MonkeyPatch) -> None:
-    register = pinned_pool._register
+    register = page_locking.lock_pages
 
     def no_large_ones(device: torch.device, address: int, size: int) -> int:
         return 2 if size > 3 * MIB else register(device, address, size)
 
-    monkeypatch.setattr(pinned_pool, "_register", no_large_ones)
-    monkeypatch.setattr(pinned_pool, "_SMALLEST_PIECE", MIB)
+    monkeypatch.setattr(page_locking, "lock_pages", no_large_ones)
+    monkeypatch.setattr(host_block, "SMALLEST_PIECE", MIB)
     with PinnedPool(CUDA) as pool:
         block = pool.allocate(8 * MIB, grain=MIB // 2)
-        assert len(pool._blocks[0].pieces) > 2
+        assert len(pool._blocks[block.data_ptr()].pieces) > 2
         for grain in block.split(MIB // 2):
             pinned_and_right(grain)
     assert pool.pinned_bytes == 0
 
 
 @pytest.mark.gpu
+def test_parts_that_are_locked_one_by_one_are_copied_and_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_block, "PART_BYTES", MIB)
+    with PinnedPool(CUDA) as pool:
+        blocks = pool.begin(8 * MIB, blocks=3, grain=MIB // 2, part=MIB)
+        for first in range(0, 8, 1):
+            for block in blocks:
+                pool.wait(block, (first + 1) * MIB)
+                pinned_and_right(block[first * MIB : (first + 1) * MIB])
+        assert all(len(pool._blocks[block.data_ptr()].pieces) == 8 for block in blocks)
+    assert pool.pinned_bytes == 0
+
+
+@pytest.mark.gpu
 def test_a_refused_pin_names_the_driver_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pinned_pool, "_register", lambda device, address, size: 2)
+    monkeypatch.setattr(page_locking, "lock_pages", lambda device, address, size: 2)
     with PinnedPool(CUDA) as pool, pytest.raises(MemoryPlanError, match="CUDA error 2: out of memory"):
         pool.allocate(MIB)

@@ -34,11 +34,15 @@ class RefusingPool(PinnedPool):
         self._given: list[int] = []
         self._plain = PinnedPool(torch.device("cpu"))
 
-    def allocate(self, nbytes: int, *, grain: int | None = None) -> torch.Tensor:
-        refused = self._refuses(len(self._given))
-        block = (self._plain if refused else super()).allocate(nbytes, grain=grain)
-        self._given.append(block.data_ptr() if refused else 0)
-        return block
+    def begin(
+        self, nbytes: int, *, blocks: int = 1, grain: int | None = None, part: int | None = None
+    ) -> list[torch.Tensor]:
+        made = []
+        for _ in range(blocks):
+            refused = self._refuses(len(self._given))
+            made += (self._plain if refused else super()).begin(nbytes, grain=grain, part=part)
+            self._given.append(made[-1].data_ptr() if refused else 0)
+        return made
 
     def left_pageable(self, block: torch.Tensor) -> bool:
         return block.data_ptr() in self._given

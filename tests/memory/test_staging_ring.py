@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_offload.memory import pinned_pool
+from ds_offload.memory import page_locking, pinned_pool
+from ds_offload.memory.host_block import PAGE
 from ds_offload.memory.staging_ring import StagingRing
 
 CPU = torch.device("cpu")
@@ -70,7 +71,7 @@ def test_rows_that_the_cpu_makes(rows: int, device: torch.device) -> None:
 def test_a_smaller_ring_where_a_large_one_is_refused_and_a_pageable_one_at_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    page = pinned_pool._PAGE
+    page = PAGE
     locked: dict[int, int] = {}
     most = 2 * page
 
@@ -80,9 +81,9 @@ def test_a_smaller_ring_where_a_large_one_is_refused_and_a_pageable_one_at_last(
         locked[address] = size
         return 0
 
-    monkeypatch.setattr(pinned_pool, "_register", register)
-    monkeypatch.setattr(pinned_pool, "_unregister", lambda device, address: locked.pop(address))
-    monkeypatch.setattr(pinned_pool, "_synchronize", lambda device: None)
+    monkeypatch.setattr(page_locking, "lock_pages", register)
+    monkeypatch.setattr(page_locking, "unlock_pages", lambda device, address: locked.pop(address))
+    monkeypatch.setattr(page_locking, "synchronize", lambda device: None)
     monkeypatch.setattr(pinned_pool, "place_near", lambda device, address, size: None)
     sizes = (8 * page, 4 * page, 2 * page)
     ring = StagingRing(torch.device("cuda", 0), sizes)
