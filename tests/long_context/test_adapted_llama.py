@@ -133,7 +133,7 @@ def test_bfloat16_on_a_gpu_follows_float32_on_a_cpu(compiled: bool) -> None:
     assert loss.item() == pytest.approx(expected, abs=0.02)
     found = torch.autograd.grad(loss, list(made.parameters().values()))
     for one, other in zip(found, reference, strict=True):
-        assert (one.cpu() - other).norm() < 0.05 * other.norm()
+        assert (one.cpu() - other).norm() < 0.1 * other.norm()
 
 
 def test_a_merged_model_is_the_adapted_one(tmp_path) -> None:
