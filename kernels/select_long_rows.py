@@ -122,7 +122,7 @@ def classify_kernel(
 
 
 @jit
-def _search_row(scores, row, first, last, length, low, high, wanted, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
+def search_row(scores, row, first, last, length, low, high, wanted, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
     """`find_threshold` over a whole row in memory."""
     while low < high:
         middle = (low & high) + ((low ^ high) >> 1)
@@ -211,7 +211,7 @@ def threshold_kernel(
             elif past:
                 low = tl.full([], MINUS_INF, tl.int32)
                 high = bottom - 1
-            threshold = _search_row(scores, row, first, end, length, low, high, wanted, CHUNK, ALIGNMENT)
+            threshold = search_row(scores, row, first, end, length, low, high, wanted, CHUNK, ALIGNMENT)
             for chunk in range(0, chunks):
                 keys = row_keys(scores, row, chunk * CHUNK, first, end, length, CHUNK, ALIGNMENT)
                 tl.store(entries + chunk, tl.sum(kept_flags(keys, threshold), 0))

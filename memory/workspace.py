@@ -198,10 +198,9 @@ def _cuda_step(shape: CacheShape) -> int:
     tokens, ahead = rows * shape.most_kept * 8, rows * shape.look_ahead * 8
     scores = selecting = weighing = 0
     if shape.scored:
-        launch = select_launch(longest, max(shape.most_kept, shape.look_ahead))
+        launches = (select_launch(rows, longest, kept) for kept in (shape.most_kept, shape.look_ahead))
         scores = rows * longest * 4
-        if not launch.block:
-            selecting = rows * (8 + 3 * -(-longest // launch.chunk) + launch.listed) * 4
+        selecting = max(launch.scratch_bytes(rows, longest) for launch in launches)
         if shape.weighed:
             part = scores_launch(shape.labels, heads // shape.kv_heads).part
             weighing = sequences * heads * 2 * -(-longest // part) * 4
