@@ -24,8 +24,8 @@ class SelectLaunch:
 
     Attributes:
         block: Tokens of a row that one program holds, at least the row; one launch.
-        columns: A fourth of the tokens that one of a row's programs holds, at most
-            8,192; one launch, whose programs wait for each other.
+        part: Tokens of one of a row's programs, 16 to 32,768; one launch, whose programs
+            wait for each other.
         chunk: Tokens per program, below 2 ** 15: counts of a chunk are packed in 16 bits;
             four launches, of which three have 8 warps.
         warps: Warps of a program.
@@ -36,7 +36,7 @@ class SelectLaunch:
     """
 
     block: int = 0
-    columns: int = 0
+    part: int = 0
     chunk: int = 2048
     warps: int = 16
     sample: int = 4096
@@ -46,15 +46,15 @@ class SelectLaunch:
 
     def parts(self, length: int) -> int:
         """Programs of a row of `length` tokens."""
-        return 1 if self.block else -(-length // (4 * self.columns or self.chunk))
+        return 1 if self.block else -(-length // (self.part or self.chunk))
 
     def scratch_bytes(self, rows: int, length: int) -> int:
         """Bytes of what the programs of rows of `length` tokens exchange."""
         if self.block:
             return 0
         parts = self.parts(length)
-        shared = 4 * (rows + 1) + rows * 2 * self.listed if self.columns else rows * (8 + self.listed)
-        return 4 * (shared + rows * (6 if self.columns else 3) * parts)
+        shared = 4 * (rows + 1) + rows * 2 * self.listed if self.part else rows * (8 + self.listed)
+        return 4 * (shared + rows * (6 if self.part else 3) * parts)
 
 
 # Samples, list, and warps of a program that holds either, the fastest first.
@@ -83,10 +83,10 @@ def select_launch(rows: int, length: int, count: int) -> SelectLaunch:
         # 4.5 of them, since what is listed at most is three quarters of the list.
         if 0.3 * listed * sample / length < _spread(length, count, sample, 4.5):
             continue
-        for columns in (2048, 4096, 8192):
-            launch = SelectLaunch(columns=columns, warps=columns // 256, sample=sample, listed=listed)
+        for part in (8192, 16384, 32768):
+            launch = SelectLaunch(part=part, warps=part // 1024, sample=sample, listed=listed)
             programs = rows * launch.parts(length)
-            if programs <= _PROCESSORS or (columns == 8192 and programs <= 2 * _PROCESSORS):
+            if programs <= _PROCESSORS or (part == 32768 and programs <= 2 * _PROCESSORS):
                 return launch
     for sample, listed, warps in _BRACKETS:  # noqa: B007
         if 2.5 * _spread(length, count, sample, 5) * length / sample <= 0.6 * listed:
@@ -146,7 +146,7 @@ def _launch(scores: Tensor, first: int, last: Tensor, keep: Tensor, count: int, 
     ends = {"MINUS_INF": MINUS_INF, "ALIGNMENT": alignment, "num_warps": launch.warps}
     if launch.block:
         select_row_kernel[(rows,)](scores, last, keep, out, *sizes, BLOCK=launch.block, **ends)
-    elif launch.columns:
+    elif launch.part:
         _launch_row_parts(launch, scores, last, keep, out, sizes, ends)
     else:
         _launch_long_rows(launch, scores, last, keep, out, sizes, ends)
@@ -174,7 +174,7 @@ def _launch_row_parts(
             SAMPLE=launch.sample,
             SHIFT=launch.sample.bit_length() - 1,
             LISTED=launch.listed,
-            COLUMNS=launch.columns,
+            PART=launch.part,
             PARTS_PAD=power_of_two(parts),
             STAGE=stage,
             **ends,

@@ -1,8 +1,8 @@
 """Device code of `select_tokens` (kernels/select.py): rows whose programs wait for each other in one launch.
 
-A program holds four tokens of each of COLUMNS neighbouring columns in registers. All programs of a row bracket the
-threshold by the same sample, count and list their own tokens, and meet; then each finds the same threshold in the
-list, and writes its own tokens.
+All programs of a row bracket its threshold by the same sample, each counts and lists its own tokens, and they meet;
+then each finds the same threshold in the list, and writes its own tokens. A part is four blocks of neighbouring
+columns of four tokens: a thread reads a column at once, and ranks are counted by column.
 
 Nothing here hangs where fewer programs run at a time than were launched: a program takes its place in the order in
 which programs start, so those of a row start one after the other and wait for nobody but each other. Of several such
@@ -38,33 +38,47 @@ def column_keys(scores, row, start, first, last, length, COLUMNS: tl.constexpr, 
 
 
 @jit
-def search_keys(keys, low, high, wanted, slack):
-    """`find_threshold` (kernels/select_row.py) for several values of `wanted` [Q] at a time, each in [low, high] [Q].
+def part_keys(scores, row, start, first, last, length, COLUMNS: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """`column_keys` of the four blocks of a part, one after the other in one tuple."""
+    keys = column_keys(scores, row, start, first, last, length, COLUMNS, ALIGNMENT)
+    for block in tl.static_range(1, 4):
+        keys = keys + column_keys(scores, row, start + block * 4 * COLUMNS, first, last, length, COLUMNS, ALIGNMENT)
+    return keys
 
-    `keys` [1, N], N below 2 ** 21. A round tries three values between, since most of its time is spent on the
-    threads' exchange of counts. Where low = high nothing changes.
-    """
-    while tl.sum((low < high).to(tl.int32), 0) > 0:
-        span = high.to(tl.int64) - low
-        try1 = (low + (span >> 2)).to(tl.int32)
-        try2 = (low + (span >> 1)).to(tl.int32)
-        try3 = (low + ((3 * span) >> 2)).to(tl.int32)
-        flags = (keys > try1[:, None]).to(tl.int64) + ((keys > try2[:, None]).to(tl.int64) << 21)
-        counts = tl.sum(flags + ((keys > try3[:, None]).to(tl.int64) << 42), 1)
-        above1 = (counts & 0x1FFFFF).to(tl.int32)
-        above2 = ((counts >> 21) & 0x1FFFFF).to(tl.int32)
-        above3 = (counts >> 42).to(tl.int32)
-        fits1 = above1 <= wanted
-        fits2 = above2 <= wanted
-        fits3 = above3 <= wanted
-        upper = tl.where(fits1, try1, tl.where(fits2, try2, tl.where(fits3, try3, high)))
-        lower = tl.where(fits1, low, tl.where(fits2, try1 + 1, tl.where(fits3, try2 + 1, try3 + 1)))
-        above = tl.where(fits1, above1, tl.where(fits2, above2, tl.where(fits3, above3, -0x40000000)))
-        lower = tl.where(above >= wanted - slack, upper, lower)
-        search = low < high
-        high = tl.where(search, upper, high)
-        low = tl.where(search, lower, low)
+
+@jit
+def count_two(keys, one, other):
+    """How many of `keys`, fewer than 2 ** 15, are above each of two values: counted in one exchange between threads."""
+    counts = tl.sum((keys > one).to(tl.int32) + ((keys > other).to(tl.int32) << 16), 0)
+    return counts & 0xFFFF, counts >> 16
+
+
+@jit
+def search_list(keys, low, high, wanted):
+    """`find_threshold` (kernels/select_row.py), by thirds."""
+    while low < high:
+        third = ((high - low).to(tl.uint32, bitcast=True) // 3).to(tl.int32, bitcast=True)
+        one = low + third
+        other = one + third
+        above_one, above_other = count_two(keys, one, other)
+        if above_one <= wanted:
+            high = one
+        elif above_other <= wanted:
+            low = one + 1
+            high = other
+        else:
+            low = other + 1
+        if (above_one == wanted) | ((above_one > wanted) & (above_other == wanted)):
+            low = high
     return low
+
+
+@jit
+def halve(low, middle, high, above, wanted, slack):
+    """The half of [low, high] that `find_threshold` goes on with, `above` keys being above the middle."""
+    lower = tl.where(above > wanted, middle + 1, tl.where(above >= wanted - slack, middle, low))
+    upper = tl.where(above > wanted, high, middle)
+    return tl.where(low < high, lower, low), tl.where(low < high, upper, high)
 
 
 @jit
@@ -82,8 +96,8 @@ def bracket(
 ):
     """Values that very likely enclose the threshold of a row's `tokens` candidates, from a sample: top, bottom."""
     index = tl.arange(0, SAMPLE)
-    below = tl.arange(0, 2)
-    targets = tl.zeros([2], tl.int32) + wanted
+    fewest = wanted
+    most = wanted
     slack = wanted * 0
     offset = index
     if tokens > SAMPLE:
@@ -97,20 +111,30 @@ def bracket(
         slack = (spread * 0.25).to(tl.int32)
         fewest = tl.floor(rank - spread).to(tl.int32)
         most = tl.ceil(rank + spread).to(tl.int32) + slack
-        targets = tl.where(below == 0, fewest, most)
     live = offset < tokens
     values = tl.load(scores + row * length + first + offset, mask=live, other=float("-inf"))
     keys = tl.where(live, ordered_bits(values), -0x80000000)
-    # Ends that need no search: all candidates are kept, or the sample has too few that are above.
-    low = tl.full([2], MINUS_INF, tl.int32)
-    high = tl.maximum(low, tl.max(keys, 0))
-    low = tl.where(targets < 0, 0x7FFFFFFF, low)
-    high = tl.where(targets < 0, 0x7FFFFFFF, high)
-    everything = (wanted >= tokens) | ((tokens > SAMPLE) & (targets >= SAMPLE))
-    low = tl.where(everything, MINUS_INF, low)
-    high = tl.where(everything, MINUS_INF, high)
-    found = search_keys(keys[None, :], low, high, targets, slack)
-    return tl.sum(tl.where(below == 0, found, 0), 0), tl.sum(tl.where(below == 1, found, 0), 0)
+    # Both ends by bisection, side by side. One that needs none begins as one value.
+    top_low = tl.full([], MINUS_INF, tl.int32)
+    low = top_low
+    top = tl.maximum(tl.max(keys, 0), low)
+    bottom = top
+    if fewest < 0:
+        top_low = tl.full([], 0x7FFFFFFF, tl.int32)
+        top = top_low
+    if wanted >= tokens:
+        top = low
+        top_low = low
+        bottom = low
+    if (tokens > SAMPLE) & (most >= SAMPLE):
+        bottom = low
+    while (top_low < top) | (low < bottom):
+        one = (top_low & top) + ((top_low ^ top) >> 1)
+        other = (low & bottom) + ((low ^ bottom) >> 1)
+        above_one, above_other = count_two(keys, one, other)
+        top_low, top = halve(top_low, one, top, above_one, fewest, slack)
+        low, bottom = halve(low, other, bottom, above_other, most, slack)
+    return top, bottom
 
 
 @jit
@@ -159,12 +183,12 @@ def row_parts_kernel(
     SAMPLE: tl.constexpr,
     SHIFT: tl.constexpr,
     LISTED: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PART: tl.constexpr,
     PARTS_PAD: tl.constexpr,
     STAGE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
-    """One program per part of 4 * COLUMNS tokens of a row. STAGE 0 does all; 1 ends before the meeting, 2 begins there.
+    """One program per PART tokens of a row. STAGE 0 does all; 1 ends before the meeting, 2 begins there.
 
     turns[row]: 0 before and after: programs that arrived, that left, and scores in the list;
     turns[rows, 0]: programs that started.
@@ -172,6 +196,7 @@ def row_parts_kernel(
     listed[row]: scores inside the bracket, and below them the part of each. Their order is any; what is counted
     among them does not depend on it.
     """
+    COLUMNS: tl.constexpr = PART // 16
     program = tl.program_id(0)
     if STAGE == 0:
         program = tl.atomic_add(turns + rows * 4, 1, sem="relaxed")
@@ -184,33 +209,40 @@ def row_parts_kernel(
     listed += row * 2 * LISTED
     end = row_end(last, row, heads, length)
     wanted = row_keep(keep, row, rows_per_keep, count)
-    start = part * (4 * COLUMNS)
-    keys = column_keys(scores, row, start, first, end, length, COLUMNS, ALIGNMENT)
+    start = part * PART
     if STAGE == 2:
         top = tl.load(entries + 4 * parts + part)
         bottom = tl.load(entries + 5 * parts + part)
     else:
         tokens = tl.maximum(end - first, 0)
         top, bottom = bracket(scores, row, first, tokens, length, wanted, MINUS_INF, SAMPLE, SHIFT, LISTED)
+        keys = part_keys(scores, row, start, first, end, length, COLUMNS, ALIGNMENT)
         upper = tl.zeros([COLUMNS], tl.int32)
         lower = tl.zeros([COLUMNS], tl.int32)
-        for t in tl.static_range(4):
+        for t in tl.static_range(16):
             upper += kept_flags(keys[t], top)
-            lower += ((keys[t] > bottom) & (keys[t] < top)).to(tl.int32)
-            lower += ((keys[t] == bottom) & (bottom < top)).to(tl.int32) << 16
-        sums = tl.sum(upper.to(tl.int64) + (lower.to(tl.int64) << 32), 0)
-        inside = ((sums >> 32) & 0xFFFF).to(tl.int32)
-        tl.store(entries + part, (sums & 0xFFFF).to(tl.int32))
-        tl.store(entries + parts + part, ((sums >> 16) & 0xFFFF).to(tl.int32))
+            lower += kept_flags(keys[t], bottom)
+        above = tl.sum(upper, 0)
+        at_top = (above >> 16) & 0xFFFF
+        above = above & 0xFFFF
+        inside = tl.sum(lower, 0)
+        at_bottom = (inside >> 16) & 0xFFFF
+        inside = (inside & 0xFFFF) - above - at_top
+        if bottom == top:
+            inside = 0
+            at_bottom = 0
+        tl.store(entries + part, above)
+        tl.store(entries + parts + part, at_top)
         tl.store(entries + 2 * parts + part, inside)
-        tl.store(entries + 3 * parts + part, ((sums >> 48) & 0xFFFF).to(tl.int32))
+        tl.store(entries + 3 * parts + part, at_bottom)
         tl.store(entries + 4 * parts + part, top)
         tl.store(entries + 5 * parts + part, bottom)
         if inside > 0:
-            here = lower & 0xFFFF
+            here = (lower & 0xFFFF) - (upper & 0xFFFF) - (upper >> 16)
             index = tl.atomic_add(turns + 2, inside, sem="relaxed") + tl.cumsum(here, 0) - here
-            for t in tl.static_range(4):
-                within = (keys[t] > bottom) & (keys[t] < top)
+            for t in tl.static_range(16):
+                # In unsigned numbers, so that none of the comparisons above is kept in a register until here.
+                within = (keys[t] - bottom).to(tl.uint32, bitcast=True) - 1 < (top - bottom).to(tl.uint32) - 1
                 tl.store(listed + index, keys[t], mask=within & (index < LISTED))
                 tl.store(listed + LISTED + index, tl.zeros_like(index) + part, mask=within & (index < LISTED))
                 index += within.to(tl.int32)
@@ -238,16 +270,13 @@ def row_parts_kernel(
                 index = tl.arange(0, LISTED)
                 listing = index < to_inside - to_top
                 among = tl.load(listed + index, mask=listing, other=-0x80000000, cache_modifier=".cg")
-                one = tl.zeros([1], tl.int32)
-                found = search_keys(among[None, :], one + bottom, one + (top - 1), one + (wanted - to_top), 0)
-                threshold = tl.sum(found, 0)
+                threshold = search_list(among, bottom, top - 1, wanted - to_top)
                 earlier = tl.load(listed + LISTED + index, mask=listing, other=parts, cache_modifier=".cg") < part
                 flags = kept_flags(among, threshold)
-                counts = flags.to(tl.int64) + (tl.where(earlier, flags, 0).to(tl.int64) << 32)
-                counts = tl.sum(counts, 0)
-                above = to_top + (counts & 0xFFFF).to(tl.int32)
-                above_before += equal_before + ((counts >> 32) & 0xFFFF).to(tl.int32)
-                equal_before = ((counts >> 48) & 0xFFFF).to(tl.int32)
+                above = to_top + (tl.sum(flags, 0) & 0xFFFF)
+                before_part = tl.sum(tl.where(earlier, flags, 0), 0)
+                above_before += equal_before + (before_part & 0xFFFF)
+                equal_before = (before_part >> 16) & 0xFFFF
             elif (wanted > to_inside) & ((wanted <= to_bottom) | (bottom == MINUS_INF)):
                 threshold = bottom
                 above = to_inside
@@ -269,19 +298,26 @@ def row_parts_kernel(
                 )
         ties = tl.where(threshold == MINUS_INF, 0, wanted - above)
 
-        flags = kept_flags(keys[0], threshold) + kept_flags(keys[1], threshold)
-        flags += kept_flags(keys[2], threshold) + kept_flags(keys[3], threshold)
-        ranks = tl.cumsum(flags, 0) - flags
-        above_rank = above_before + (ranks & 0xFFFF)
-        equal_rank = equal_before + ((ranks >> 16) & 0xFFFF)
-        token = start + 4 * tl.arange(0, COLUMNS)
-        for t in tl.static_range(4):
-            more = keys[t] > threshold
-            same = keys[t] == threshold
-            place = out + row * count + (above_rank + tl.minimum(equal_rank, ties))
-            tl.store(place, (token + t).to(tl.int64), mask=more | (same & (equal_rank < ties)))
-            above_rank += more.to(tl.int32)
-            equal_rank += same.to(tl.int32)
+        # Read again: held until here, they would be moved out of registers and back, for longer than this takes.
+        keys = part_keys(scores, row, start, first, end, length, COLUMNS, ALIGNMENT)
+        for block in tl.static_range(4):
+            flags = kept_flags(keys[4 * block], threshold) + kept_flags(keys[4 * block + 1], threshold)
+            flags += kept_flags(keys[4 * block + 2], threshold) + kept_flags(keys[4 * block + 3], threshold)
+            ranks = tl.cumsum(flags, 0) - flags
+            above_rank = above_before + (ranks & 0xFFFF)
+            equal_rank = equal_before + (ranks >> 16)
+            token = start + block * 4 * COLUMNS + 4 * tl.arange(0, COLUMNS)
+            for t in tl.static_range(4):
+                more = keys[4 * block + t] > threshold
+                same = keys[4 * block + t] == threshold
+                place = out + row * count + (above_rank + tl.minimum(equal_rank, ties))
+                tl.store(place, (token + t).to(tl.int64), mask=more | (same & (equal_rank < ties)))
+                above_rank += more.to(tl.int32)
+                equal_rank += same.to(tl.int32)
+            if block < 3:
+                total = tl.sum(flags, 0)
+                above_before += total & 0xFFFF
+                equal_before += total >> 16
         write_rest(out, row, above + ties + part * 1024, parts * 1024, count, 1024)
 
         if tl.atomic_add(turns + 1, 1, sem="relaxed") == parts - 1:

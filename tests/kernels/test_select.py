@@ -102,12 +102,12 @@ def narrow_launches() -> dict[str, SelectLaunch]:
 def part_launches(apart: bool) -> dict[str, SelectLaunch]:
     """The same with programs that wait for each other, in one launch or in two."""
     return {
-        f"{name}, {'in two' if apart else 'at once'}": SelectLaunch(columns=columns, warps=4, apart=apart, **sizes)
-        for name, columns, sizes in (
-            ("usual", 8, {"sample": 16, "listed": 64}),
-            ("misses", 16, {"sample": 32, "listed": 8}),
-            ("overflows", 16, {"sample": 16, "listed": 2}),
-            ("exact", 16, {"sample": 512, "listed": 512}),
+        f"{name}, {'in two' if apart else 'at once'}": SelectLaunch(part=part, warps=4, apart=apart, **sizes)
+        for name, part, sizes in (
+            ("usual", 32, {"sample": 16, "listed": 64}),
+            ("misses", 64, {"sample": 32, "listed": 8}),
+            ("overflows", 64, {"sample": 16, "listed": 2}),
+            ("exact", 64, {"sample": 512, "listed": 512}),
         )
     }
 
@@ -139,7 +139,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
         def test_the_launch_of_long_rows(self) -> None:
             case = make_case("weights", (1, 2, 20001, 4, [19990], [[1250, 9000]], 9001))
-            for launch in (SelectLaunch(), SelectLaunch(columns=2048, apart=True), SelectLaunch(columns=8192)):
+            for launch in (SelectLaunch(), SelectLaunch(part=8192, apart=True), SelectLaunch(part=32768)):
                 out = poisoned(case)
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(select, "select_launch", lambda *sizes, launch=launch: launch)
@@ -218,17 +218,17 @@ def test_wrong_arguments_are_named(change: dict, message: str) -> None:
 def test_launch_fits_the_kernels(rows: int, length: int, share: float) -> None:
     launch = select_launch(rows, length, int(share * length))
     assert launch.block == 0 or launch.block >= length
-    assert launch.columns <= 8192 and launch.chunk < 1 << 15 and launch.listed < 1 << 16
-    assert not launch.columns or rows * launch.parts(length) <= 264
-    for size in (launch.block or 1, launch.columns or 1, launch.warps, launch.sample, launch.listed, launch.width):
+    assert launch.part <= 32768 and launch.chunk < 1 << 15 and launch.listed < 1 << 16
+    assert not launch.part or rows * launch.parts(length) <= 264
+    for size in (launch.block or 1, launch.part or 1, launch.warps, launch.sample, launch.listed, launch.width):
         assert size & (size - 1) == 0
 
 
 def test_launch_of_the_usual_shapes() -> None:
-    assert select_launch(32, 131072, 8192) == SelectLaunch(columns=8192, warps=32)
-    assert select_launch(32, 65536, 4096) == SelectLaunch(columns=4096)
-    assert select_launch(8, 524288, 2048) == SelectLaunch(columns=8192, warps=32, sample=8192)
-    assert select_launch(32, 524288, 2048).columns == 0, "too many programs"
+    assert select_launch(32, 131072, 8192) == SelectLaunch(part=32768, warps=32)
+    assert select_launch(32, 65536, 4096) == SelectLaunch(part=16384)
+    assert select_launch(8, 524288, 2048) == SelectLaunch(part=32768, warps=32, sample=8192)
+    assert select_launch(32, 524288, 2048).part == 0, "too many programs"
 
 
 def test_triton_kernels_in_the_interpreter(interpret: Callable[[str], None]) -> None:
@@ -281,7 +281,7 @@ def test_cuda_long_rows(batch: int, heads: int, length: int, kind: str) -> None:
 @pytest.mark.gpu
 def test_cuda_programs_that_wait_do_so_on_two_streams_with_more_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many launches at a time, each of more programs than the device runs: rows must not wait for ever."""
-    monkeypatch.setattr(select, "select_launch", lambda *sizes: SelectLaunch(columns=8192, warps=32))
+    monkeypatch.setattr(select, "select_launch", lambda *sizes: SelectLaunch(part=32768, warps=32))
     cases, found, streams = [], [], [torch.cuda.Stream(), torch.cuda.Stream()]
     for seed, kind in enumerate(("normal", "ties")):
         cases.append(on_cuda(make_case(kind, (1, 48, 300000, 4, [299000], [9000], 9000), seed)))
