@@ -48,14 +48,6 @@ class SelectLaunch:
         """Programs of a row of `length` tokens."""
         return 1 if self.block else -(-length // (self.part or self.chunk))
 
-    def scratch_bytes(self, rows: int, length: int) -> int:
-        """Bytes of what the programs of rows of `length` tokens exchange."""
-        if self.block:
-            return 0
-        parts = self.parts(length)
-        shared = 4 * (rows + 1) + rows * 2 * self.listed if self.part else rows * (8 + self.listed)
-        return 4 * (shared + rows * (6 if self.part else 3) * parts)
-
 
 # Samples, list, and warps of a program that holds either, the fastest first.
 _BRACKETS = ((4096, 8192, 8), (8192, 16384, 16), (16384, 32768, 16))
@@ -92,6 +84,11 @@ def select_launch(rows: int, length: int, count: int) -> SelectLaunch:
         if 2.5 * _spread(length, count, sample, 5) * length / sample <= 0.6 * listed:
             break
     return SelectLaunch(warps=warps, sample=sample, listed=listed)
+
+
+def select_scratch_bytes(rows: int, length: int) -> int:
+    """Bytes that the programs of a launch take at most to exchange what they find; never less for a longer row."""
+    return 0 if length <= 16384 else 4 * (rows * (12 + 3 * -(-length // 2048) + 32768) + 4)
 
 
 def _spread(length: int, count: int, sample: int, deviations: float) -> float:

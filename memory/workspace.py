@@ -9,7 +9,7 @@ from ds_offload.kernels.coded_attention import coded_attention_launch
 from ds_offload.kernels.kv_codec import REFERENCE_ROWS
 from ds_offload.kernels.label_scores import REFERENCE_BLOCK
 from ds_offload.kernels.label_scores_launch import scores_launch
-from ds_offload.kernels.select import select_launch
+from ds_offload.kernels.select import select_scratch_bytes
 from ds_offload.kernels.slot_attention_launch import slot_attention_launch
 
 if TYPE_CHECKING:
@@ -198,9 +198,8 @@ def _cuda_step(shape: CacheShape) -> int:
     tokens, ahead = rows * shape.most_kept * 8, rows * shape.look_ahead * 8
     scores = selecting = weighing = 0
     if shape.scored:
-        launches = (select_launch(rows, longest, kept) for kept in (shape.most_kept, shape.look_ahead))
         scores = rows * longest * 4
-        selecting = max(launch.scratch_bytes(rows, longest) for launch in launches)
+        selecting = select_scratch_bytes(rows, longest)
         if shape.weighed:
             part = scores_launch(shape.labels, heads // shape.kv_heads).part
             weighing = sequences * heads * 2 * -(-longest // part) * 4

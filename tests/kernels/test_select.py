@@ -14,6 +14,7 @@ from ds_offload.kernels import select
 from ds_offload.kernels.select import (
     SelectLaunch,
     select_launch,
+    select_scratch_bytes,
     select_tokens,
     select_tokens_reference,
     top_tokens,
@@ -104,7 +105,7 @@ def part_launches(apart: bool) -> dict[str, SelectLaunch]:
     return {
         f"{name}, {'in two' if apart else 'at once'}": SelectLaunch(part=part, warps=4, apart=apart, **sizes)
         for name, part, sizes in (
-            ("usual", 32, {"sample": 16, "listed": 64}),
+            ("usual", 64, {"sample": 16, "listed": 64}),
             ("misses", 64, {"sample": 32, "listed": 8}),
             ("overflows", 64, {"sample": 16, "listed": 2}),
             ("exact", 64, {"sample": 512, "listed": 512}),
@@ -220,6 +221,9 @@ def test_launch_fits_the_kernels(rows: int, length: int, share: float) -> None:
     assert launch.block == 0 or launch.block >= length
     assert launch.part <= 32768 and launch.chunk < 1 << 15 and launch.listed < 1 << 16
     assert not launch.part or rows * launch.parts(length) <= 264
+    parts, lists = launch.parts(length), rows * launch.listed * (2 if launch.part else 1)
+    taken = 4 * (lists + (4 + rows * (4 + 6 * parts) if launch.part else rows * (8 + 3 * parts)))
+    assert launch.block or taken <= select_scratch_bytes(rows, length)
     for size in (launch.block or 1, launch.part or 1, launch.warps, launch.sample, launch.listed, launch.width):
         assert size & (size - 1) == 0
 
