@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ds_offload.kernels.select_long_rows import bracket_kernel, classify_kernel, threshold_kernel, write_kernel
 from ds_offload.kernels.select_row import select_row_kernel
-from ds_offload.kernels.triton_runtime import launching
+from ds_offload.kernels.select_row_parts import row_parts_kernel
+from ds_offload.kernels.triton_runtime import launching, power_of_two
 
 # -inf as an ordered integer (`_ordered`): what is not above it is no candidate.
 MINUS_INF = -0x7F800001
@@ -19,49 +20,81 @@ MINUS_INF = -0x7F800001
 
 @dataclass(frozen=True)
 class SelectLaunch:
-    """Launch of the CUDA kernels.
+    """Launch of the CUDA kernels: of the first kind below whose size is not 0.
 
     Attributes:
-        block: Tokens of a row that one program holds, at least the row; 0 where a row is
-            shared out among several programs, which the other sizes are for.
-        warps: Warps of a program that holds a row, a sample or a list; others have 8.
+        block: Tokens of a row that one program holds, at least the row; one launch.
+        part: Tokens of one of a row's programs, 16 to 32,768; one launch, whose programs
+            wait for each other.
+        chunk: Tokens per program, below 2 ** 15: counts of a chunk are packed in 16 bits;
+            four launches, of which three have 8 warps.
+        warps: Warps of a program.
         sample: Tokens of a row from which its threshold is bracketed.
         listed: Scores of a row inside the bracket that fit in its list, below 2 ** 16.
-        chunk: Tokens per program, below 2 ** 15: counts of a chunk are packed in 16 bits.
         width: Chunks of a row whose counts are summed at a time.
+        apart: Whether what waits is a launch of its own, the second of two.
     """
 
-    block: int
+    block: int = 0
+    part: int = 0
+    chunk: int = 2048
     warps: int = 16
     sample: int = 4096
     listed: int = 8192
-    chunk: int = 2048
     width: int = 512
+    apart: bool = False
+
+    def parts(self, length: int) -> int:
+        """Programs of a row of `length` tokens."""
+        return 1 if self.block else -(-length // (self.part or self.chunk))
 
 
 # Samples, list, and warps of a program that holds either, the fastest first.
 _BRACKETS = ((4096, 8192, 8), (8192, 16384, 16), (16384, 32768, 16))
+# The same where a row's programs wait for each other, and how many there are of all rows at most: two for each of an
+# H100's multiprocessors, of which one holds 32,768 tokens. More have to wait for a place, and four launches are faster.
+_PART_BRACKETS = ((4096, 8192), (8192, 8192), (8192, 16384))
+_PROCESSORS = 132
 
 
-def select_launch(length: int, count: int) -> SelectLaunch:
-    """The launch for rows of `length` tokens of which `count` are kept at most.
+def select_launch(rows: int, length: int, count: int) -> SelectLaunch:
+    """The launch for `rows` rows of `length` tokens of which `count` are kept at most.
 
-    16,384 scores are 32 registers a thread of 16 warps: rows up to that take one launch.
-    For longer rows, a bracket of five standard deviations to each side must fit in the
-    list with room to spare; the smallest sample and list that allow it are the fastest
-    (H100, 32 rows of 131,072: 56 us with the first, 60 us with the second). Where none
-    does, the bracket is narrowed to fit the last, so it misses more often.
+    16,384 scores are 32 registers a thread of 16 warps: rows up to that take one launch of
+    one program each. For longer rows, a bracket of five standard deviations to each side
+    must fit in the list with room to spare; the smallest sample and list that allow it are
+    the fastest. Where none does, the bracket is narrowed to fit the last, so it misses more
+    often. In four launches 32 rows of 131,072 took an H100 56 us with the first of
+    `_BRACKETS` and 60 us with the second.
     """
     if length <= 4096:
         return SelectLaunch(block=4096, warps=8)
     if length <= 16384:
         return SelectLaunch(block=16384)
+    for sample, listed in _PART_BRACKETS:
+        # 4.5 of them, since what is listed at most is three quarters of the list.
+        if 0.3 * listed * sample / length < _spread(length, count, sample, 4.5):
+            continue
+        for part in (8192, 16384, 32768):
+            launch = SelectLaunch(part=part, warps=part // 1024, sample=sample, listed=listed)
+            programs = rows * launch.parts(length)
+            if programs <= _PROCESSORS or (part == 32768 and programs <= 2 * _PROCESSORS):
+                return launch
     for sample, listed, warps in _BRACKETS:  # noqa: B007
-        rank = min(sample, count * sample / length)
-        spread = 5 * math.sqrt(rank * (1 - rank / sample)) + 3
-        if 2.5 * spread * length / sample <= 0.6 * listed:
+        if 2.5 * _spread(length, count, sample, 5) * length / sample <= 0.6 * listed:
             break
-    return SelectLaunch(block=0, warps=warps, sample=sample, listed=listed)
+    return SelectLaunch(warps=warps, sample=sample, listed=listed)
+
+
+def select_scratch_bytes(rows: int, length: int) -> int:
+    """Bytes that the programs of a launch take at most to exchange what they find; never less for a longer row."""
+    return 0 if length <= 16384 else 4 * (rows * (12 + 3 * -(-length // 2048) + 32768) + 4)
+
+
+def _spread(length: int, count: int, sample: int, deviations: float) -> float:
+    """By how much the rank of a row's threshold in a sample may be off."""
+    rank = min(sample, count * sample / length)
+    return deviations * math.sqrt(rank * (1 - rank / sample)) + 3
 
 
 def select_tokens(
@@ -71,8 +104,8 @@ def select_tokens(
 
     Candidates of sequence b are the tokens t with first <= t < last[b] and a score above
     -inf. The min(keep, count, candidates) best are kept; of equal scores the lower
-    token, and -0.0 is below 0.0. On CUDA it can be captured in a graph: one launch for
-    rows of up to 16,384 tokens, else four, which read the scores twice.
+    token, and -0.0 is below 0.0. On CUDA it can be captured in a graph: one launch, or
+    four, which read the scores twice, where all rows are too long to be held at once.
 
     Args:
         scores: float32 [B, Hkv, T], contiguous, without NaN.
@@ -101,38 +134,81 @@ def _launch(scores: Tensor, first: int, last: Tensor, keep: Tensor, count: int, 
     rows = batch * heads
     if rows == 0 or count == 0:
         return
-    launch = select_launch(length, count)
+    launch = select_launch(rows, length, count)
     last, keep = last.contiguous(), keep.contiguous()
     rows_per_keep = heads if keep.dim() == 1 else 1
     first = min(first, length)
+    sizes = (first, length, count, heads, rows_per_keep)
     alignment = math.gcd(16, scores.data_ptr(), 4 * length)
-    ends = {"MINUS_INF": MINUS_INF, "num_warps": launch.warps}
+    ends = {"MINUS_INF": MINUS_INF, "ALIGNMENT": alignment, "num_warps": launch.warps}
     if launch.block:
-        tail = (first, length, count, heads, rows_per_keep)
-        select_row_kernel[(rows,)](scores, last, keep, out, *tail, BLOCK=launch.block, ALIGNMENT=alignment, **ends)
-        return
-    chunks = -(-length // launch.chunk)
+        select_row_kernel[(rows,)](scores, last, keep, out, *sizes, BLOCK=launch.block, **ends)
+    elif launch.part:
+        _launch_row_parts(launch, scores, last, keep, out, sizes, ends)
+    else:
+        _launch_long_rows(launch, scores, last, keep, out, sizes, ends)
+
+
+def _launch_row_parts(
+    launch: SelectLaunch,
+    scores: Tensor,
+    last: Tensor,
+    keep: Tensor,
+    out: Tensor,
+    sizes: tuple[int, ...],
+    ends: dict[str, int],
+) -> None:
+    rows, length = scores.shape[0] * scores.shape[1], scores.shape[2]
+    parts = launch.parts(length)
+    turns = torch.zeros(rows + 1, 4, dtype=torch.int32, device=scores.device)
+    table = torch.empty(rows, 6, parts, dtype=torch.int32, device=scores.device)
+    listed = torch.empty(rows, 2, launch.listed, dtype=torch.int32, device=scores.device)
+    for stage in (1, 2) if launch.apart else (0,):
+        row_parts_kernel[(rows * parts,)](
+            *(scores, last, keep, out, turns, table, listed),
+            *sizes,
+            *(rows, parts),
+            SAMPLE=launch.sample,
+            SHIFT=launch.sample.bit_length() - 1,
+            LISTED=launch.listed,
+            PART=launch.part,
+            PARTS_PAD=power_of_two(parts),
+            STAGE=stage,
+            **ends,
+        )
+
+
+def _launch_long_rows(
+    launch: SelectLaunch,
+    scores: Tensor,
+    last: Tensor,
+    keep: Tensor,
+    out: Tensor,
+    sizes: tuple[int, ...],
+    ends: dict[str, int],
+) -> None:
+    first, length, count, heads, rows_per_keep = sizes
+    rows = scores.shape[0] * heads
+    chunks = launch.parts(length)
     state = torch.empty(rows, 8, dtype=torch.int32, device=scores.device)
     table = torch.empty(rows, 3, chunks, dtype=torch.int32, device=scores.device)
     listed = torch.empty(rows, launch.listed, dtype=torch.int32, device=scores.device)
-    sizes = {"CHUNK": launch.chunk, "ALIGNMENT": alignment}
-    shift = launch.sample.bit_length() - 1
+    chunked = {"CHUNK": launch.chunk, "ALIGNMENT": ends["ALIGNMENT"]}
     bracket_kernel[(rows, 2)](
-        *(scores, last, keep, state, first, length, count, heads, rows_per_keep),
-        **{"SAMPLE": launch.sample, "SHIFT": shift, "LISTED": launch.listed},
-        **ends,
+        *(scores, last, keep, state, *sizes),
+        **{"SAMPLE": launch.sample, "SHIFT": launch.sample.bit_length() - 1, "LISTED": launch.listed},
+        **{"MINUS_INF": MINUS_INF, "num_warps": launch.warps},
     )
     classify_kernel[(chunks, rows)](
-        scores, last, state, table, listed, first, length, chunks, heads, LISTED=launch.listed, num_warps=8, **sizes
+        scores, last, state, table, listed, first, length, chunks, heads, LISTED=launch.listed, num_warps=8, **chunked
     )
     threshold_kernel[(rows,)](
         *(scores, last, keep, state, table, listed, first, length, count, chunks, heads, rows_per_keep),
-        **{"LISTED": launch.listed, "WIDTH": launch.width},
-        **sizes,
+        **{"LISTED": launch.listed, "WIDTH": launch.width, "CHUNK": launch.chunk},
         **ends,
     )
     write_kernel[(chunks, rows)](
-        scores, last, state, table, out, first, length, count, chunks, heads, num_warps=8, **sizes
+        scores, last, state, table, out, first, length, count, chunks, heads, num_warps=8, **chunked
     )
 
 

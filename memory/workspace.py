@@ -9,7 +9,7 @@ from ds_offload.kernels.coded_attention import coded_attention_launch
 from ds_offload.kernels.kv_codec import REFERENCE_ROWS
 from ds_offload.kernels.label_scores import REFERENCE_BLOCK
 from ds_offload.kernels.label_scores_launch import scores_launch
-from ds_offload.kernels.select import select_launch
+from ds_offload.kernels.select import select_scratch_bytes
 from ds_offload.kernels.slot_attention_launch import slot_attention_launch
 
 if TYPE_CHECKING:
@@ -198,10 +198,8 @@ def _cuda_step(shape: CacheShape) -> int:
     tokens, ahead = rows * shape.most_kept * 8, rows * shape.look_ahead * 8
     scores = selecting = weighing = 0
     if shape.scored:
-        launch = select_launch(longest, max(shape.most_kept, shape.look_ahead))
         scores = rows * longest * 4
-        if not launch.block:
-            selecting = rows * (8 + 3 * -(-longest // launch.chunk) + launch.listed) * 4
+        selecting = select_scratch_bytes(rows, longest)
         if shape.weighed:
             part = scores_launch(shape.labels, heads // shape.kv_heads).part
             weighing = sequences * heads * 2 * -(-longest // part) * 4
