@@ -17,9 +17,35 @@ _LEAST_POWER = 1e-6
 _PARTS_AT_A_TIME = 256
 
 
-def has_codes(head_dim: int) -> bool:
+def has_parts(head_dim: int) -> bool:
     """Whether heads of this size can be cut into parts."""
     return head_dim % PART == 0
+
+
+class CodeSample:
+    """Keys and queries of one layer, on the way to its code.
+
+    Args:
+        kv_heads, head_dim: The model's.
+        tokens: How many will be added: of more than `MOST_KEYS`, keys are taken at even distances.
+        device: Where they are.
+    """
+
+    def __init__(self, kv_heads: int, head_dim: int, tokens: int, device: torch.device) -> None:
+        self._kv_heads = kv_heads
+        self._stride = -(-tokens // MOST_KEYS)
+        self._keys: list[Tensor] = []
+        self._powers = torch.zeros(kv_heads, head_dim, head_dim, dtype=torch.float64, device=device)
+
+    def add(self, query: Tensor, key: Tensor) -> None:
+        """Take in queries `[N, H, D]` and keys `[N, Hkv, D]` at the positions they may be met at."""
+        self._keys.append(key[:: self._stride].transpose(0, 1))
+        of_group = query.float().unflatten(1, (self._kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+        self._powers += of_group.mT @ of_group
+
+    def fit(self) -> ProductCode:
+        """The layer's code."""
+        return fit_codes(torch.cat(self._keys, 1), self._powers)
 
 
 def fit_codes(keys: Tensor, powers: Tensor) -> ProductCode:
@@ -58,8 +84,8 @@ def fit_codes(keys: Tensor, powers: Tensor) -> ProductCode:
 
 def stack_codes(layers: list[ProductCode]) -> ProductCode:
     """The codes of all layers, on the CPU."""
-    tensors = ([getattr(layer, name).cpu() for layer in layers] for name in ("mean", "basis", "turn", "words"))
-    return ProductCode(*(torch.stack(each) for each in tensors))
+    of_each = zip(*(layer.tensors() for layer in layers), strict=True)
+    return ProductCode(*(torch.stack(tensors).cpu() for tensors in of_each))
 
 
 def random_codes(layers: int, kv_heads: int, head_dim: int) -> ProductCode:

@@ -30,7 +30,7 @@ class SessionIdentity:
         model, tokenizer: Fingerprints.
         dtype, kv_dtype: Of the model, and of stored K/V.
         rope: The model's RoPE.
-        label_channels, label_bits: The code of labels.
+        label_channels, label_bits, label_code: The code of labels.
         dense_layers: Layers that have no labels.
     """
 
@@ -40,8 +40,10 @@ class SessionIdentity:
     kv_dtype: str
     rope: str
     label_channels: int
-    label_bits: int
+    label_bits: int | None
     dense_layers: list[int]
+    # Sessions saved before there was another one do not say it.
+    label_code: str = "scalar"
 
     @classmethod
     def of(cls, loaded: LoadedModel, config: OffloadConfig) -> SessionIdentity:
@@ -56,6 +58,7 @@ class SessionIdentity:
             label_channels=config.label_channels,
             label_bits=config.label_bits,
             dense_layers=list(config.dense_layers),
+            label_code=config.label_code,
         )
 
     def differences(self, here: SessionIdentity) -> str:
@@ -171,6 +174,9 @@ def calibration_digest(calibration: Calibration) -> str:
     """SHA-256 in hex of what labels are made by."""
     digest = hashlib.sha256(calibration.channels.numpy().tobytes())
     digest.update(calibration.key_mean.numpy().tobytes())
+    if calibration.codes is not None:
+        for tensor in calibration.codes.tensors():
+            digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -12,7 +12,7 @@ that q' . y = q . (k - mean): a score is the sum of D / 4 numbers, one for the w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -92,12 +92,15 @@ class ProductCode:
 
     def layer(self, layer: int) -> ProductCode:
         """The codes of one of all layers: views."""
-        return ProductCode(self.mean[layer], self.basis[layer], self.turn[layer], self.words[layer])
+        return ProductCode(*(value[layer] for value in self.tensors()))
 
     def to(self, device: torch.device) -> ProductCode:
         """The same on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("mean", "basis", "turn", "words")}
-        return replace(self, **moved)
+        return ProductCode(*(value.to(device) for value in self.tensors()))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """mean, basis, turn and words."""
+        return self.mean, self.basis, self.turn, self.words
 
 
 def code_bytes(layers: int, kv_heads: int, head_dim: int) -> int:
@@ -162,7 +165,7 @@ def encode_new(keys: Tensor, code: ProductCode, rows: Tensor, starts: Tensor, po
 def launch_encode(
     keys: Tensor, code: ProductCode, out: Tensor, starts: Tensor | None, positions: Tensor | None
 ) -> None:
-    """Encode keys [Hkv, n, D]: token t to row t of `out`, or to row starts[t] + positions[t]; every argument checked."""
+    """Encode keys [Hkv, n, D], checked: token t to row t of `out`, or to row starts[t] + positions[t]."""
     kv_heads, tokens, head_dim = keys.shape
     if tokens == 0:
         return

@@ -59,9 +59,8 @@ def encode_kernel(
     shift = tl.arange(0, 8)
     nearest = tl.where((place * 8 + shift < PARTS)[None, :], nearest.to(tl.int32), 0)
     packed = tl.sum(nearest << (4 * shift)[None, :], 1)
+    at = token
     if EACH:
         at = tl.load(starts + token, mask=live, other=0) + tl.load(positions + token, mask=live, other=0)
-    else:
-        at = token
     target = (labels + h * head_stride).to(tl.pointer_type(tl.int32)) + at * ROW_WORDS + place
     tl.store(target, packed, mask=live)

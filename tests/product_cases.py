@@ -21,7 +21,7 @@ def product_code(*heads: int, head_dim: int, seed: int = 0) -> ProductCode:
 
 
 def product_case(head_dim: int, kv_heads: int, group: int, lengths: list[int], seed: int = 0) -> Case:
-    """Labels of sequences one after the other, three rows apart, and a query for each: arguments of `product_scores`."""
+    """The first arguments of `product_scores`: labels of sequences three rows apart, and a query for each."""
     generator = torch.Generator().manual_seed(seed)
     code = product_code(kv_heads, head_dim=head_dim, seed=seed + 1)
     starts = [3 + sum(lengths[:n]) + 3 * n for n in range(len(lengths))]
@@ -31,6 +31,11 @@ def product_case(head_dim: int, kv_heads: int, group: int, lengths: list[int], s
     encode_product_reference(keys, code, labels)
     query = torch.randn(len(lengths), kv_heads * group, head_dim, generator=generator)
     return labels, code, query, torch.tensor(starts), torch.tensor(lengths)
+
+
+def with_out(case: Case, max_length: int) -> torch.Tensor:
+    """A poisoned result [B, Hkv, max_length]."""
+    return torch.full((len(case[2]), len(case[0]), max_length), torch.nan, device=case[0].device)
 
 
 def to_cuda(case: Case) -> Case:
