@@ -95,14 +95,18 @@ def calibrate(
     key_sum = query_sum.new_zeros(decoder.layers, decoder.kv_heads, decoder.head_dim)
     key_total, key_squares, query_squares = (torch.zeros_like(key_sum) for _ in range(3))
     generator = torch.Generator().manual_seed(0)
-    scattered = [torch.randint(span, (len(chunk),), generator=generator).to(decoder.device) for chunk in blocks]
+    ropes = []
+    for chunk in blocks:
+        scattered = torch.randint(span, (len(chunk),), generator=generator)
+        positions = scattered, torch.arange(len(chunk))
+        ropes.append([decoder.rotary(each.to(decoder.device)) for each in positions])
     codes: list[ProductCode] = []
     hiddens = [decoder.embed(chunk) for chunk in blocks]
     for layer in range(decoder.layers):
         sample = CodeSample(decoder.kv_heads, decoder.head_dim, len(ids), decoder.device)
         for number, hidden in enumerate(hiddens):
-            sample.add(*decoder.project_qkv(layer, hidden, decoder.rotary(scattered[number]))[:2])
-            rope = decoder.rotary(torch.arange(len(hidden), device=decoder.device))
+            anywhere, rope = ropes[number]
+            sample.add(*decoder.project_qkv(layer, hidden, anywhere)[:2])
             query, key, value = decoder.project_qkv(layer, hidden, rope)
             query_sum[layer] += query.abs().sum(0, dtype=torch.float64)
             key_sum[layer] += key.abs().sum(0, dtype=torch.float64)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ds_offload.kernels.label_scores_inputs import CachedLabels
-from ds_offload.kernels.product_code import PART, ProductCode, unpack_parts
+from ds_offload.kernels.product_code import PART, WORDS, ProductCode, unpack_parts
 from ds_offload.kernels.product_scores_launch import LARGEST_NUMBER, LEAST_RANGE, launch_scores, launch_weights
 from ds_offload.kernels.triton_runtime import launching
 
@@ -150,9 +150,12 @@ def query_tables(inputs: ProductInputs) -> tuple[Tensor, Tensor, Tensor]:
         of any part / 255, offsets the sum of the parts' least values.
     """
     code = inputs.code
-    query = inputs.query.to(torch.float32).unflatten(1, (inputs.kv_heads, inputs.group)) * inputs.scaling
-    turned = torch.matmul(query, code.turn.mT).unflatten(-1, (code.layout.parts, PART))
-    values = torch.einsum("bhgpi,hpwi->bhgpw", turned, code.words).flatten(1, 2)
+    queries = inputs.query.to(torch.float32).unflatten(1, (inputs.kv_heads, inputs.group)) * inputs.scaling
+    values = torch.empty(inputs.batch, inputs.heads, code.layout.parts, WORDS, device=queries.device)
+    # A sequence at a time: the bits of a product vary with its size.
+    for query, out in zip(queries, values, strict=True):
+        turned = torch.matmul(query, code.turn.mT).unflatten(-1, (code.layout.parts, PART))
+        out.copy_((turned.transpose(1, 2) @ code.words.mT).transpose(1, 2).flatten(0, 1))
     least = values.amin(-1)
     values = values - least[..., None]
     peak = values.amax((-2, -1)).clamp_(min=LEAST_RANGE)
