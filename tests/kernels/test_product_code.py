@@ -118,6 +118,7 @@ def test_wrong_arguments_are_named() -> None:
         ProductCode(code.mean, code.basis.mT, code.turn, code.words)
 
 
+@pytest.mark.slow
 def test_triton_kernels_in_the_interpreter(interpret: Callable[[str], None]) -> None:
     interpret("interpreted_product_code.py")
 
