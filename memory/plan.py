@@ -173,7 +173,8 @@ def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None, continu
     buffers += shape.dense_layers * tokens * shape.kv_heads * shape.plain_row_bytes
     buffers += segments * segment if shape.kv_on_device else 0
     labels = shape.layers * shape.kv_heads * tokens * shape.labels.row_bytes
-    if isinstance(shape.labels, ProductLayout):
+    # On a CPU they are the calibration's own.
+    if shape.cuda and isinstance(shape.labels, ProductLayout):
         labels += code_bytes(shape.layers, shape.kv_heads, shape.head_dim)
     reserve = CUDA_RESERVE_BYTES if shape.cuda else 0
     decode, turn = decode_bytes(shape), 0
