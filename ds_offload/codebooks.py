@@ -13,8 +13,8 @@ _ROUNDS = 6
 _SEED = 0
 # Directions of queries below this share of the strongest one's power count as if they had it.
 _LEAST_POWER = 1e-6
-# Parts fitted at a time: their distances to all words stay within 64 MiB.
-_PARTS_AT_A_TIME = 256
+# Parts fitted at a time: their distances to all words stay within 16 MiB.
+_PARTS_AT_A_TIME = 64
 
 
 def has_parts(head_dim: int) -> bool:

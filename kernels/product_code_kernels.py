@@ -5,7 +5,7 @@ from __future__ import annotations
 from ds_offload.kernels.triton_runtime import jit, tl
 
 
-@jit(do_not_specialize=["stride_h", "stride_t", "stride_d", "head_stride", "tokens"])
+@jit(do_not_specialize=["labels", "stride_h", "stride_t", "stride_d", "head_stride", "tokens"])
 def encode_kernel(
     keys,
     stride_h,
