@@ -168,7 +168,8 @@ class Calibration:
         if not sound or not bool((tensors["key_factor"] > 0).all()):
             raise damaged
         codes = _read_codes(tensors, found[0].shape, damaged) if coded else None
-        loaded = cls.rank(*found, codes, fingerprint=fingerprint, tokens=int(tokens), text=metadata.get("text", ""))
+        about: dict[str, Any] = {"tokens": int(tokens), "text": metadata.get("text", "")}
+        loaded = cls.rank(found[0], found[1], found[2], codes, fingerprint=fingerprint, **about)
         channels = tensors["channels"]
         if channels.dtype != torch.int64 or not torch.equal(loaded.channels, channels):
             raise damaged

@@ -39,7 +39,10 @@ class CachedLabels:
             raise ValueError(f"query {query.dtype} {tuple(query.shape)} must be floating point [B, H, D]")
         if self.kv_heads < 1 or self.heads < 1 or self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads must be a multiple of the labels' {self.kv_heads} KV heads")
-        given = [("starts", self.starts, (self.batch,)), ("lengths", self.lengths, (self.batch,))]
+        given: list[tuple[str, Tensor, tuple[int, ...]]] = [
+            ("starts", self.starts, (self.batch,)),
+            ("lengths", self.lengths, (self.batch,)),
+        ]
         if channels is not None:
             given.insert(0, ("channels", channels, shape))
         for name, value, shape in given:

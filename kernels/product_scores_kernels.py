@@ -86,12 +86,10 @@ def pack_sums(words, table, PARTS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.
 def head_sum(even, odd, g: tl.constexpr, HEADS: tl.constexpr):
     """Head g's sum out of those of its pack: int32."""
     if HEADS <= 2:
-        both = even
-        half: tl.constexpr = g
-    else:
+        return (even >> (16 * g)) & 0xFFFF
+    else:  # noqa: RET505
         both = even if g % 2 == 0 else odd
-        half: tl.constexpr = g // 2
-    return (both >> (16 * half)) & 0xFFFF
+        return (both >> (16 * (g // 2))) & 0xFFFF
 
 
 @jit(do_not_specialize=["labels", "head_stride", "max_length"])

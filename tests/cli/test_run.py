@@ -56,7 +56,7 @@ def test_config_as_resolved(command: Any, ids_model: str) -> None:
     )
     config = result["config"]
     assert (config["token_budget"], config["max_context"], config["kv_dtype"]) == ("8", 256, "fp32")
-    assert config["label_channels"] == 12
+    assert (config["label_code"], config["label_channels"], config["label_bits"]) == ("product", 32, None)
     assert set(config) == set(OffloadConfig().to_dict())
 
 
