@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +24,11 @@ from torch import Tensor
 
 from ds_offload.cache_folder import cache_folder
 from ds_offload.calibration_file import REMEDY, Calibration, read_calibration_file
+from ds_offload.calibration_text import DEFAULT_TOKENS, SHIPPED_TEXT, shipped_text, text_ids
 from ds_offload.codebooks import CodeSample, has_parts, stack_codes
 from ds_offload.errors import InputError, LoadError
 from ds_offload.kernels.product_code import ProductCode
 from ds_offload.notices import notice
-from ds_offload.prompts import encode_prompt
 from ds_offload.reference_channels import looks_like_json, parse_reference_channels
 
 if TYPE_CHECKING:
@@ -51,9 +50,7 @@ Progress = Callable[[int, int], None]
 
 BLOCK = 2048
 SPAN = 8192
-DEFAULT_TOKENS = 4096
 DUMMY_TOKENS = 2048
-SHIPPED_TEXT = "the shipped text"
 
 
 @torch.no_grad()
@@ -155,21 +152,6 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Ten
     return out[0].transpose(0, 1).flatten(1)
 
 
-def text_ids(loaded: LoadedModel, document: str, tokens: int = DEFAULT_TOKENS) -> list[int]:
-    """The first `tokens` token ids of `document`, fewer where it is shorter.
-
-    Raises:
-        InputError: The model has no tokenizer, or the document no token.
-    """
-    if loaded.tokenizer is None:
-        raise InputError(
-            f"{loaded.source.name} has no tokenizer, and calibration on a text needs one; "
-            "put tokenizer.json into the model's folder"
-        )
-    # A token stands for a few characters: of a long document only the beginning need be tokenised.
-    return encode_prompt(document[: tokens * 64], loaded.tokenizer, loaded.source.shape.vocab_size)[:tokens]
-
-
 def calibrate_loaded(
     loaded: LoadedModel,
     decoder: DecoderStack,
@@ -250,11 +232,6 @@ def find_or_make_calibration(
 def cached_calibration(fingerprint: str) -> Path:
     """Where the calibration of the model with `fingerprint` is kept."""
     return cache_folder() / "calibration" / f"{fingerprint}.safetensors"
-
-
-def shipped_text() -> str:
-    """The English text that comes with the package for calibration."""
-    return resources.files("ds_offload").joinpath("data/calibration.txt").read_text(encoding="utf-8")
 
 
 def _slow_progress(every_s: float = 10.0) -> Progress:

@@ -183,6 +183,26 @@ def test_progress_counts_every_layer_of_every_block() -> None:
     assert seen == [(n, 9) for n in range(1, 10)]
 
 
+def test_codes_take_every_token_at_a_position_of_its_own() -> None:
+    model, ids = tiny_model(), token_ids(50)
+    decoder = DecoderStack(model)
+    unturned, spread = (
+        calibrate(decoder, ids, fingerprint="f", text="t", block=64, span=span).codes for span in (1, 4096)
+    )
+    assert unturned is not None and spread is not None
+    # With one position to choose from nothing is turned.
+    _, keys = queries_and_keys(model, ids)
+    with torch.no_grad():
+        first = decoder.blocks[0]
+        plain = first.self_attn.k_proj(first.input_layernorm(decoder.embed(torch.tensor(ids)))).view(50, 2, 12)
+    torch.testing.assert_close(unturned.mean[0].double(), plain.mean(0), rtol=1e-4, atol=1e-5)
+    # The fast pairs of keys at many positions cancel out; the text's own positions turn the slow ones less.
+    assert (spread.mean[0].norm(dim=-1) < 0.8 * keys[0].mean(0).norm(dim=-1)).all()
+    torch.testing.assert_close(
+        unturned.basis.double() @ unturned.turn.double(), torch.eye(12).double().expand(3, 2, -1, -1), rtol=0, atol=1e-3
+    )
+
+
 def test_no_tokens_and_values_that_are_not_finite_are_refused() -> None:
     decoder = DecoderStack(tiny_model())
     with pytest.raises(InputError, match="no tokens"):

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ds_offload.calibration_file import has_codes
 from ds_offload.config import OffloadConfig, TokenBudget
 from ds_offload.errors import InputError
 from ds_offload.evaluation.perplexity import measure_windows
 from ds_offload.evaluation.result import EvalResult
 from ds_offload.evaluation.subject import EvalSubject, check_sparse, dense_twin
 from ds_offload.evaluation.windows import cut_windows, default_positions
-from ds_offload.label_choice import default_label_channels
+from ds_offload.label_choice import choose_labels
 from ds_offload.label_setting import label_layout, label_name
 from ds_offload.notices import notice
 from ds_offload.prefill import ProgressCallback
@@ -58,17 +59,13 @@ class SweepGrid:
         """`config` at every point of the grid.
 
         Raises:
-            InputError: A label setting that the config refuses, or more channels than `head_dim`.
+            InputError: Labels that such heads or the calibration cannot have.
         """
         made = []
         for budget, labels, mode in itertools.product(self.budgets, self.labels, self.modes):
-            changes: dict[str, Any] = {"label_code": "product", "label_channels": head_dim, "label_bits": None}
-            if labels is not None:
-                channels, bits = labels
-                if channels is not None and channels > head_dim:
-                    raise InputError(f"labels={channels}x{bits} is more than the head's {head_dim} channels; use fewer")
-                channels = default_label_channels(head_dim, bits) if channels is None else channels
-                changes = {"label_code": "scalar", "label_channels": channels, "label_bits": bits}
+            asked = ("scalar", labels[1], labels[0]) if labels is not None else ("product", None, None)
+            code, bits, channels = choose_labels(*asked, head_dim, has_codes(config.calibration), config.calibration)
+            changes = {"label_code": code, "label_bits": bits, "label_channels": channels}
             made.append(dataclasses.replace(config, token_budget=budget, prefetch=mode, **changes))
         return made
 
