@@ -67,5 +67,5 @@ def test_every_point_is_what_ppl_measures(subject_of: MakeSubject, text: str, tm
 
 
 def test_more_channels_than_the_head_has_are_refused(subject_of: MakeSubject, text: str) -> None:
-    with pytest.raises(InputError, match="labels=64x2"):
+    with pytest.raises(InputError, match="label_channels=64 is more than the head's 16"):
         eval_sweep(subject_of(), SweepGrid.parse("1/8", "64x2", "off"), {"text": text}, 12, 1)
