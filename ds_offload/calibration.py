@@ -1,8 +1,13 @@
-"""Calibration: which channels of a key its labels keep, per layer and KV head.
+"""Calibration: what the labels of keys are made by, per layer and KV head: product codes, and channels in order.
 
 A channel's importance is the mean of |q_i[c] * k_j[c]| over all pairs of tokens of a
 text, q and k after their norms and RoPE, summed over the query heads of the KV head
 (Double Sparsity, arXiv 2408.07092). Over all pairs that is mean|q[c]| * mean|k[c]|.
+
+Product codes (ds_offload/codebooks.py) are fitted to keys and queries as they would be
+at any position the model was trained for. RoPE turns the slow pairs of a key as far as
+it stands in the context: words fitted to the first 2K positions alone captured 0.80 of
+the attention at 8K where these capture 0.94.
 """
 
 from __future__ import annotations
@@ -10,7 +15,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +24,11 @@ from torch import Tensor
 
 from ds_offload.cache_folder import cache_folder
 from ds_offload.calibration_file import REMEDY, Calibration, read_calibration_file
+from ds_offload.calibration_text import DEFAULT_TOKENS, SHIPPED_TEXT, shipped_text, text_ids
+from ds_offload.codebooks import CodeSample, has_parts, stack_codes
 from ds_offload.errors import InputError, LoadError
+from ds_offload.kernels.product_code import ProductCode
 from ds_offload.notices import notice
-from ds_offload.prompts import encode_prompt
 from ds_offload.reference_channels import looks_like_json, parse_reference_channels
 
 if TYPE_CHECKING:
@@ -43,9 +49,8 @@ __all__ = [
 Progress = Callable[[int, int], None]
 
 BLOCK = 2048
-DEFAULT_TOKENS = 4096
+SPAN = 8192
 DUMMY_TOKENS = 2048
-SHIPPED_TEXT = "the shipped text"
 
 
 @torch.no_grad()
@@ -56,13 +61,15 @@ def calibrate(
     fingerprint: str,
     text: str,
     block: int = BLOCK,
+    span: int = SPAN,
     on_progress: Progress | None = None,
 ) -> Calibration:
-    """Run a text through the model and rank every layer's and KV head's channels.
+    """Run a text through the model: rank every layer's and KV head's channels, and fit its code.
 
     The text goes through dense causal attention in blocks, each a context of its own;
-    sums run in float64 over all of them. Nothing but one block's activations of one
-    layer is held at a time.
+    sums run in float64 over all of them. One layer after the other: held are the hidden
+    states of the text, one block's activations of a layer, and at most `MOST_KEYS` of its keys.
+    For the codes each token's query and key are taken at a position of its own, drawn from `span`.
 
     Args:
         decoder: The model.
@@ -70,6 +77,7 @@ def calibrate(
         fingerprint: The model's.
         text: What to call the text.
         block: Most tokens of one context; no more than the model was trained for.
+        span: Positions that codes are fitted for, from 0: those the model was trained for.
         on_progress: Called with passes through a layer done, and all of them.
 
     Raises:
@@ -83,28 +91,40 @@ def calibrate(
     query_sum = torch.zeros(decoder.layers, decoder.heads, decoder.head_dim, dtype=torch.float64, device=decoder.device)
     key_sum = query_sum.new_zeros(decoder.layers, decoder.kv_heads, decoder.head_dim)
     key_total, key_squares, query_squares = (torch.zeros_like(key_sum) for _ in range(3))
-    for number, chunk in enumerate(blocks):
-        rope = decoder.rotary(torch.arange(len(chunk), device=decoder.device))
-        hidden = decoder.embed(chunk)
-        for layer in range(decoder.layers):
+    generator = torch.Generator().manual_seed(0)
+    ropes = []
+    for chunk in blocks:
+        scattered = torch.randint(span, (len(chunk),), generator=generator)
+        positions = scattered, torch.arange(len(chunk))
+        ropes.append([decoder.rotary(each.to(decoder.device)) for each in positions])
+    codes: list[ProductCode] = []
+    hiddens = [decoder.embed(chunk) for chunk in blocks]
+    for layer in range(decoder.layers):
+        sample = CodeSample(decoder.kv_heads, decoder.head_dim, len(ids), decoder.device)
+        for number, hidden in enumerate(hiddens):
+            anywhere, rope = ropes[number]
+            sample.add(*decoder.project_qkv(layer, hidden, anywhere)[:2])
             query, key, value = decoder.project_qkv(layer, hidden, rope)
             query_sum[layer] += query.abs().sum(0, dtype=torch.float64)
             key_sum[layer] += key.abs().sum(0, dtype=torch.float64)
             key_total[layer] += key.sum(0, dtype=torch.float64)
             key_squares[layer] += key.double().square().sum(0)
             query_squares[layer] += query.double().square().sum(0).unflatten(0, (decoder.kv_heads, -1)).sum(1)
-            hidden = decoder.finish_layer(layer, hidden, _attention(query, key, value, decoder.scaling))
+            hiddens[number] = decoder.finish_layer(layer, hidden, _attention(query, key, value, decoder.scaling))
             if on_progress is not None:
-                on_progress(number * decoder.layers + layer + 1, len(blocks) * decoder.layers)
+                on_progress(layer * len(blocks) + number + 1, len(blocks) * decoder.layers)
+        if not (key_squares[layer].isfinite().all() and query_squares[layer].isfinite().all()):
+            raise LoadError(
+                f"calibration met values that are not finite in {str(decoder.dtype).removeprefix('torch.')}; "
+                "the weights are damaged, or need a wider dtype such as --dtype fp32"
+            )
+        if has_parts(decoder.head_dim):
+            codes.append(sample.fit())
     importance = query_sum.unflatten(1, (decoder.kv_heads, -1)).sum(2) * key_sum / len(ids) ** 2
-    if not importance.isfinite().all():
-        raise LoadError(
-            f"calibration met values that are not finite in {str(decoder.dtype).removeprefix('torch.')}; "
-            "the weights are damaged, or need a wider dtype such as --dtype fp32"
-        )
     factor = _key_factor(key_squares, query_squares)
+    fitted = stack_codes(codes) if codes else None
     return Calibration.rank(
-        importance, key_total / len(ids), factor, fingerprint=fingerprint, tokens=len(ids), text=text
+        importance, key_total / len(ids), factor, fitted, fingerprint=fingerprint, tokens=len(ids), text=text
     )
 
 
@@ -132,21 +152,6 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Ten
     return out[0].transpose(0, 1).flatten(1)
 
 
-def text_ids(loaded: LoadedModel, document: str, tokens: int = DEFAULT_TOKENS) -> list[int]:
-    """The first `tokens` token ids of `document`, fewer where it is shorter.
-
-    Raises:
-        InputError: The model has no tokenizer, or the document no token.
-    """
-    if loaded.tokenizer is None:
-        raise InputError(
-            f"{loaded.source.name} has no tokenizer, and calibration on a text needs one; "
-            "put tokenizer.json into the model's folder"
-        )
-    # A token stands for a few characters: of a long document only the beginning need be tokenised.
-    return encode_prompt(document[: tokens * 64], loaded.tokenizer, loaded.source.shape.vocab_size)[:tokens]
-
-
 def calibrate_loaded(
     loaded: LoadedModel,
     decoder: DecoderStack,
@@ -163,6 +168,7 @@ def calibrate_loaded(
         fingerprint=loaded.fingerprint,
         text=text,
         block=min(BLOCK, loaded.source.shape.trained_context),
+        span=loaded.source.shape.trained_context,
         on_progress=on_progress or _slow_progress(),
     )
     notice(f"calibrated in {time.monotonic() - started:.1f} s")
@@ -208,7 +214,10 @@ def find_or_make_calibration(
     cached = cached_calibration(loaded.fingerprint)
     if os.path.exists(cached):
         try:
-            return _matching(Calibration.load(cached, loaded.fingerprint), str(cached), decoder)
+            found = _matching(Calibration.load(cached, loaded.fingerprint), str(cached), decoder)
+            if found.codes is not None or not has_parts(decoder.head_dim):
+                return found
+            notice(f"{cached} has no product codes: it is of an older version; making it again")
         except LoadError as error:
             notice(f"{str(error).removesuffix(f'; {REMEDY}')}; making it again")
     made = calibrate_loaded(loaded, decoder, text_ids(loaded, shipped_text()), SHIPPED_TEXT, on_progress)
@@ -223,11 +232,6 @@ def find_or_make_calibration(
 def cached_calibration(fingerprint: str) -> Path:
     """Where the calibration of the model with `fingerprint` is kept."""
     return cache_folder() / "calibration" / f"{fingerprint}.safetensors"
-
-
-def shipped_text() -> str:
-    """The English text that comes with the package for calibration."""
-    return resources.files("ds_offload").joinpath("data/calibration.txt").read_text(encoding="utf-8")
 
 
 def _slow_progress(every_s: float = 10.0) -> Progress:

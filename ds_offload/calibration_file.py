@@ -18,13 +18,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ds_offload.errors import InputError, LoadError
+from ds_offload.kernels.product_code import ProductCode
 
 FORMAT = "ds_offload.calibration"
-VERSION = 2
+VERSION = 3
 REMEDY = "make one with: ds-offload calibrate --model M"
 
-_LARGEST_FILE = 2**28
+# The oldest version that is read. Files of version 2 have no codes.
+_OLDEST = 2
+_LARGEST_FILE = 2**30
 _STATISTICS = ("importance", "key_mean", "key_factor")
+_CODE = ("mean", "basis", "turn", "words")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Calibration:
             quantised; zeros where it is not known.
         key_factor: What the channels of keys are divided by before they are quantised for the
             store, `[L, Hkv, D]` float32, positive; ones where it is not known.
+        codes: The product codes of labels; None where they are not known.
         fingerprint: The model it was made for.
         tokens: Tokens it was made on.
         text: Name of the text they are from.
@@ -47,6 +52,7 @@ class Calibration:
     importance: Tensor
     key_mean: Tensor
     key_factor: Tensor
+    codes: ProductCode | None
     fingerprint: str
     tokens: int
     text: str
@@ -57,16 +63,17 @@ class Calibration:
         importance: Tensor,
         key_mean: Tensor,
         key_factor: Tensor | None = None,
+        codes: ProductCode | None = None,
         *,
         fingerprint: str,
         tokens: int,
         text: str,
     ) -> Calibration:
-        """The calibration with channels ranked by `importance`, ties by channel number; without factors they are 1."""
+        """The calibration with channels ranked by `importance`, ties by channel number; factors are 1 without any."""
         importance = importance.float().cpu()
         channels = importance.sort(dim=-1, descending=True, stable=True).indices
         factor = torch.ones_like(importance) if key_factor is None else key_factor.float().cpu()
-        return cls(channels, importance, key_mean.float().cpu(), factor, fingerprint, tokens, text)
+        return cls(channels, importance, key_mean.float().cpu(), factor, codes, fingerprint, tokens, text)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file in one step: it is there whole or not at all.
@@ -101,6 +108,8 @@ class Calibration:
             "text": self.text.encode(errors="replace").decode(),
         }
         tensors = {"channels": self.channels} | {name: getattr(self, name) for name in _STATISTICS}
+        if self.codes is not None:
+            tensors |= {f"code_{name}": getattr(self.codes, name) for name in _CODE}
         data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
         # safetensors writes metadata in an order of its own each time: sort the header.
         start = 8 + int.from_bytes(data[:8], "little")
@@ -138,14 +147,15 @@ class Calibration:
                 f"{name} has format version {version}, and this version of ds-offload reads up to {VERSION}; "
                 f"update ds-offload, or {REMEDY}"
             )
-        if int(version) < VERSION:
+        if int(version) < _OLDEST:
             raise LoadError(f"{name} has format version {version}, of an older ds-offload; {REMEDY}")
         if made_for != fingerprint:
             raise LoadError(
                 f"{name}: this calibration was made for another model "
                 f"(fingerprint {made_for[:8]!a} ≠ {fingerprint[:8]!a}); {REMEDY}"
             )
-        if set(tensors) != {"channels", *_STATISTICS}:
+        coded = {f"code_{name}" for name in _CODE} & set(tensors)
+        if set(tensors) - coded != {"channels", *_STATISTICS}:
             raise damaged
         found = [tensors[name] for name in _STATISTICS]
         sound = all(
@@ -157,11 +167,25 @@ class Calibration:
         )
         if not sound or not bool((tensors["key_factor"] > 0).all()):
             raise damaged
-        loaded = cls.rank(*found, fingerprint=fingerprint, tokens=int(tokens), text=metadata.get("text", ""))
+        codes = _read_codes(tensors, found[0].shape, damaged) if coded else None
+        about: dict[str, Any] = {"tokens": int(tokens), "text": metadata.get("text", "")}
+        loaded = cls.rank(found[0], found[1], found[2], codes, fingerprint=fingerprint, **about)
         channels = tensors["channels"]
         if channels.dtype != torch.int64 or not torch.equal(loaded.channels, channels):
             raise damaged
         return loaded
+
+
+def _read_codes(tensors: dict[str, Tensor], heads: torch.Size, damaged: LoadError) -> ProductCode:
+    """The codes in a file for heads `[L, Hkv, D]`; raises `damaged` where they are not sound."""
+    found = [tensors.get(f"code_{name}") for name in _CODE]
+    given = [value for value in found if value is not None and value.dtype == torch.float32]
+    if len(given) != len(_CODE) or given[0].shape != heads or not all(bool(value.isfinite().all()) for value in given):
+        raise damaged
+    try:
+        return ProductCode(*given)
+    except ValueError:
+        raise damaged from None
 
 
 def check_writable(path: str | Path) -> None:
@@ -177,6 +201,20 @@ def check_writable(path: str | Path) -> None:
         raise InputError(f"cannot write {path}: there is no folder {folder}; make it, or give another path")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"cannot write {path}: the folder {folder} is not writable; give another path")
+
+
+def has_codes(path: str | None) -> bool:
+    """Whether the calibration in a file, None for one that is found or made, has product codes.
+
+    False of a file that is no calibration, too: loading it says so.
+    """
+    if path is None:
+        return True
+    try:
+        data = read_calibration_file(os.path.expanduser(path))
+        return "code_words" in json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (LoadError, ValueError):
+        return False
 
 
 def read_calibration_file(path: str | Path) -> bytes:

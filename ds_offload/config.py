@@ -10,8 +10,8 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from ds_offload.errors import InputError
+from ds_offload.label_choice import check_labels, choose_labels
 
-LABEL_BITS = (16, 8, 4, 2)
 KV_DTYPES = ("auto", "bf16", "fp16", "fp32", "int8", "int4")
 TOP_P_CAP = Fraction(1, 4)
 # By which `monitor="widen"` raises the budget, one after the other; memory is planned for the last.
@@ -120,16 +120,6 @@ class TokenBudget:
         return str(self.count)
 
 
-def default_label_channels(head_dim: int, bits: int) -> int:
-    """Channels such that a label spends 1/16 of a 16-bit key's bytes, rounded up to a multiple of 4.
-
-    Labels are stored in rows of whole 32-bit words; the codes fill what the 8-bit scale leaves.
-    """
-    row_bits = -(-head_dim // 32) * 32
-    scale_bits = 0 if bits == 16 else 8
-    return min(head_dim, (row_bits - scale_bits) // bits)
-
-
 @dataclass(frozen=True)
 class OffloadConfig:
     """How a model decodes with its KV cache off the GPU. Set `max_context` and nothing else.
@@ -139,10 +129,14 @@ class OffloadConfig:
             None is what the model was trained for.
         token_budget: Tokens each KV head attends to per step, sinks, recent window and
             current token included: a count, a fraction ("1/16") or "top-p:0.95".
-        label_channels: Channels of every key kept on the GPU; None spends 1/16 of a
+        label_code: What a key's label on the GPU is. "product" takes all its channels, in parts
+            of four with one of 16 words each: 1/16 of a 16-bit key's bytes. "scalar" keeps
+            `label_channels` of them at `label_bits`. "auto" is the first, and the second where one
+            of these two is given, the calibration has no words or the head no whole parts.
+        label_channels: Channels of every key kept by scalar labels; None spends 1/16 of a
             16-bit key's bytes, the scale counted, rounded up to 4 bytes.
-        label_bits: Bits per kept channel: 16, 8, 4 or 2. Below 16, scores take the query
-            in 8 bits, which costs far less than the labels' own rounding.
+        label_bits: Bits per kept channel: 16, 8, 4 or 2, None is 2. Below 16, scores take the
+            query in 8 bits, which costs far less than the labels' own rounding.
         sink_tokens: First tokens of the context that are always attended.
         recent_tokens: Last tokens before the current one that are always attended.
         dense_layers: Layers whose K/V stay on the GPU and are attended in full.
@@ -174,8 +168,9 @@ class OffloadConfig:
 
     max_context: int | str | None = None
     token_budget: int | float | str = "1/16"
+    label_code: Literal["auto", "product", "scalar"] = "auto"
     label_channels: int | None = None
-    label_bits: int = 2
+    label_bits: int | None = None
     sink_tokens: int = 4
     recent_tokens: int = 64
     dense_layers: tuple[int, ...] = ()
@@ -204,7 +199,7 @@ class OffloadConfig:
                 fix(field, parse_bytes(getattr(self, field), field))
         if self.calibration is not None:
             fix("calibration", str(self.calibration))
-        self._one_of("label_bits", LABEL_BITS)
+        check_labels(self.label_code, self.label_bits, self.label_channels)
         self._one_of("kv_location", ("host", "gpu"))
         if self.kv_dir is not None:
             fix("kv_dir", str(self.kv_dir))
@@ -216,8 +211,6 @@ class OffloadConfig:
         self._one_of("kv_dtype", KV_DTYPES)
         self._at_least("sink_tokens", 0)
         self._at_least("recent_tokens", 0)
-        if self.label_channels is not None:
-            self._at_least("label_channels", 1)
         self._check_hot_set()
         self._one_of("monitor", ("warn", "widen", "off"))
         if self.monitor_every is not None:
@@ -273,24 +266,20 @@ class OffloadConfig:
         """The largest budget that a step may have: memory is planned for it."""
         return (self.budget, *self.widenings)[-1]
 
-    def resolve(self, *, head_dim: int, layers: int, trained_context: int) -> OffloadConfig:
-        """The same config with every None that a model decides filled in.
+    def resolve(self, *, head_dim: int, layers: int, trained_context: int, codes: bool = True) -> OffloadConfig:
+        """The same config with everything open that a model decides filled in.
 
         Args:
             head_dim: Channels of one key.
             layers: Decoder layers of the model.
             trained_context: Positions the model was trained for.
+            codes: Whether the calibration has, or will have, product codes.
 
         Raises:
-            InputError: More label channels than the head has, or a dense layer beyond the last.
+            InputError: Labels that such heads cannot have, or a dense layer beyond the last.
         """
-        channels = self.label_channels
-        if channels is None:
-            channels = default_label_channels(head_dim, self.label_bits)
-        if channels > head_dim:
-            raise InputError(
-                f"label_channels={channels} is more than the head's {head_dim} channels; use {head_dim} or fewer"
-            )
+        given = (self.label_code, self.label_bits, self.label_channels)
+        code, bits, channels = choose_labels(*given, head_dim, codes, self.calibration)
         beyond = [n for n in self.dense_layers if n >= layers]
         if beyond:
             raise InputError(
@@ -299,6 +288,8 @@ class OffloadConfig:
         return dataclasses.replace(
             self,
             max_context=trained_context if self.max_context is None else self.max_context,
+            label_code=code,
+            label_bits=bits,
             label_channels=channels,
         )
 

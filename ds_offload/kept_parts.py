@@ -34,7 +34,7 @@ def kept_parts(context: KVContext, layer: int, sequence: int, tokens: int) -> It
         return
     window, labels = context.window_buffer, context.labels
     assert window is not None, "quantised rows have their window apart"
-    size = (shape[0], tokens, labels.layout.row_bytes)
+    size = (shape[0], tokens, labels.code.row_bytes)
     yield KeptPart("labels", torch.uint8, size, labels.parts(layer, sequence, tokens))
     rows = window.tensor(layer)
     yield KeptPart("window", rows.dtype, tuple(rows.shape[1:]), window.parts(layer, sequence))

@@ -14,10 +14,10 @@ from ds_offload.config import OffloadConfig
 from ds_offload.decoder import DecoderStack, Rope
 from ds_offload.dtypes import RowFormat
 from ds_offload.kernels.coded_attention import coded_attention
-from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.kernels.new_token import HeadNorms, new_token
 from ds_offload.kernels.slot_attention import slot_attention
 from ds_offload.kernels.sparse_attention import sparse_attention
+from ds_offload.label_setting import make_label_code
 from ds_offload.memory.file_segments import FileSegments
 from ds_offload.memory.hot_set import HotSet
 from ds_offload.memory.kept_blocks import KeptBlocks
@@ -123,14 +123,7 @@ class KVContext:
             )
             for capacity in capacities
         ]
-        assert config.label_channels is not None, "the config is resolved"
-        self.labels = LabelCache(
-            LabelLayout(config.label_channels, config.label_bits),
-            calibration.channels,
-            calibration.key_mean,
-            capacities,
-            decoder.device,
-        )
+        self.labels = LabelCache(make_label_code(config, calibration, decoder.device), capacities, decoder.device)
         self.codec: RowCodec | None = None
         self.window_buffer: WindowBuffer | None = None
         if rows.layout is not None:

@@ -9,10 +9,11 @@ from fractions import Fraction
 from typing import Any
 
 from ds_offload.attention_fidelity import FidelitySums, compare_attention
-from ds_offload.config import LABEL_BITS, OffloadConfig, TokenBudget
+from ds_offload.config import OffloadConfig, TokenBudget
 from ds_offload.decode import DecodeLoop
 from ds_offload.decoder import DecoderStack
 from ds_offload.kv_context import KVContext
+from ds_offload.label_choice import LABEL_BITS
 
 # Below this share of the exact attention weight a run is warned about: see docs/fidelity.md.
 LEAST_MASS = 0.6
@@ -146,8 +147,8 @@ class FidelityMonitor:
         way = "set --calibration to one of a text like this (`ds-offload calibrate --data`)"
         if config.prefetch == "speculative":
             way = "set --prefetch exact"
-        elif config.label_bits < LABEL_BITS[0]:
-            bits = min(bits for bits in LABEL_BITS if bits > config.label_bits)
+        elif config.label_code == "scalar" and config.label_bits != LABEL_BITS[0]:
+            bits = min(bits for bits in LABEL_BITS if bits > (config.label_bits or 0))
             way = f"set --label-bits {bits} --label-channels {config.label_channels}, or {way.removeprefix('set ')}"
         return f"{way}, or {self._wider().removeprefix('set ')}"
 

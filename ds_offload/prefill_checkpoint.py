@@ -270,10 +270,11 @@ class PrefillCheckpoint:
 
 def _caches(config: OffloadConfig, calibration: Calibration) -> str:
     """The settings of labels and window, and a digest of the calibration."""
-    names = ("label_bits", "label_channels", "sink_tokens", "recent_tokens")
+    names = ("label_code", "label_bits", "label_channels", "sink_tokens", "recent_tokens")
     settings = ", ".join(f"{name}={getattr(config, name)}" for name in names)
     digest = hashlib.sha256()
-    for tensor in (calibration.channels, calibration.key_mean, calibration.key_factor):
+    codes = calibration.codes.tensors() if calibration.codes is not None else ()
+    for tensor in (calibration.channels, calibration.key_mean, calibration.key_factor, *codes):
         digest.update(tensor.contiguous().numpy().tobytes())
     return f"{settings}, calibration {digest.hexdigest()[:8]}"
 

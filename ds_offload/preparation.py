@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ds_offload.calibration_file import has_codes
 from ds_offload.config import OffloadConfig
 from ds_offload.devices import resolve_device
 from ds_offload.errors import InputError, LoadError
@@ -57,11 +58,14 @@ class PreparedModel:
             head_dim=source.shape.head_dim,
             layers=source.shape.layers,
             trained_context=source.shape.trained_context,
+            codes=has_codes(config.calibration),
         )
         assert isinstance(resolved.max_context, int)
         check_supported(source.config, resolved.max_context)
         check_weights(source, resolved, target)
         lines = [describe_rope(source.config, resolved.max_context)]
+        if config.label_code == "auto" and config.label_bits is config.label_channels is None:
+            lines.append(_scalar_labels(resolved))
         if device == "auto" and target.type == "cpu":
             lines.insert(0, "no CUDA device found: running on the CPU")
         return cls(source, resolved, target, load_tokenizer(source), tuple(line for line in lines if line is not None))
@@ -94,6 +98,16 @@ class PreparedModel:
     def load(self) -> LoadedModel:
         """Load the weights."""
         return load_weights(self.source, self.device, self.tokenizer)
+
+
+def _scalar_labels(resolved: OffloadConfig) -> str | None:
+    """Why labels are scalar though nobody asked for them; None where they are not."""
+    if resolved.label_code == "product":
+        return None
+    why = "heads of this size have no product code"
+    if not has_codes(resolved.calibration):
+        why = f"the calibration {resolved.calibration} has no product codes; make one with `ds-offload calibrate`"
+    return f"labels are {resolved.label_channels} x {resolved.label_bits} bit: {why}"
 
 
 def encode_checked(prompt: Any, tokenizer: Any, source: ModelSource, config: OffloadConfig) -> list[int]:

@@ -30,7 +30,7 @@ class SessionIdentity:
         model, tokenizer: Fingerprints.
         dtype, kv_dtype: Of the model, and of stored K/V.
         rope: The model's RoPE.
-        label_channels, label_bits: The code of labels.
+        label_channels, label_bits, label_code: The code of labels.
         dense_layers: Layers that have no labels.
         window: Sinks and recent tokens, which quantised K/V keep as they are; "any" with others.
     """
@@ -41,9 +41,11 @@ class SessionIdentity:
     kv_dtype: str
     rope: str
     label_channels: int
-    label_bits: int
+    label_bits: int | None
     dense_layers: list[int]
     window: str = "any"
+    # Sessions saved before there was another one do not say it.
+    label_code: str = "scalar"
 
     @classmethod
     def of(cls, loaded: LoadedModel, config: OffloadConfig) -> SessionIdentity:
@@ -61,6 +63,7 @@ class SessionIdentity:
             window=f"sink_tokens={config.sink_tokens}, recent_tokens={config.recent_tokens}"
             if config.kv_dtype in QUANTISED_BITS
             else "any",
+            label_code=config.label_code,
         )
 
     @property
@@ -183,6 +186,9 @@ def calibration_digest(calibration: Calibration, quantised: bool) -> str:
     digest.update(calibration.key_mean.numpy().tobytes())
     if quantised:
         digest.update(calibration.key_factor.numpy().tobytes())
+    if calibration.codes is not None:
+        for tensor in calibration.codes.tensors():
+            digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
 

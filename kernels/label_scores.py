@@ -100,7 +100,7 @@ def group_scores(
     if inputs.group == 1 and not weights:
         return _scores(inputs, out)
     if not labels.is_cuda:
-        return _summed_weights(inputs, _scores(inputs, inputs.result(inputs.heads, None)), out)
+        return inputs.summed_weights(_scores(inputs, inputs.result(inputs.heads, None)), out)
     inputs.check_alignment()
     with launching(labels.device, "group_scores"):
         launch_weights(inputs, out)
@@ -177,7 +177,7 @@ def group_scores_reference(
     out = inputs.result(inputs.kv_heads, out)
     if inputs.group == 1 and not weights:
         return _reference(inputs, out)
-    return _summed_weights(inputs, _reference(inputs, inputs.result(inputs.heads, None)), out)
+    return inputs.summed_weights(_reference(inputs, inputs.result(inputs.heads, None)), out)
 
 
 def _reference(inputs: ScoreInputs, out: Tensor) -> Tensor:
@@ -198,13 +198,4 @@ def _reference(inputs: ScoreInputs, out: Tensor) -> Tensor:
                 sums = grouped @ decode_levels(rows, layout).mT
                 scores[..., first:last] = sums * factors[b] * decode_scales(rows[..., -1])[:, None]
         scores[..., length:] = -torch.inf
-    return out
-
-
-def _summed_weights(inputs: ScoreInputs, scores: Tensor, out: Tensor) -> Tensor:
-    """Softmax of scores [B, H, T], summed to `out` [B, Hkv, T]; a sequence at a time, so its bits do not vary."""
-    for b, (_, length) in enumerate(inputs.ranges()):
-        weights = scores[b, :, :length].softmax(-1)
-        out[b, :, :length] = weights.unflatten(0, (inputs.kv_heads, -1)).sum(1)
-        out[b, :, length:] = 0
     return out

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ds_offload.kernels.label_codec import byte_levels, decode_scales
-from ds_offload.kernels.label_scores_inputs import ScoreInputs
+from ds_offload.kernels.label_scores_inputs import CachedLabels, ScoreInputs
 from ds_offload.kernels.numba_runtime import compiled, run_split
 
 BLOCK_TOKENS = 512
@@ -39,10 +39,10 @@ def _byte_tables(codes, levels, code_bytes):
 
 
 @compiled(
-    "void(uint8[:,:,:], float32[:,:,::1], float32[::1], float32[::1], int64[::1], int64[::1], float32[:,:,::1], "
-    "int64, int64, int64)"
+    "void(uint8[:,:,:], float32[:,:,::1], float32[::1], float32[::1], float32[::1], int64[::1], int64[::1], "
+    "float32[:,:,::1], int64, int64, int64)"
 )
-def _score_blocks(labels, table, factors, scales, starts, lengths, out, block_tokens, first_item, last_item):
+def _score_blocks(labels, table, factors, offsets, scales, starts, lengths, out, block_tokens, first_item, last_item):
     """Scores blocks of tokens, numbered by sequence, KV head and place."""
     kv_heads, code_bytes = labels.shape[0], table.shape[1]
     scale_byte = labels.shape[2] - 1
@@ -55,13 +55,13 @@ def _score_blocks(labels, table, factors, scales, starts, lengths, out, block_to
         last = min(first + block_tokens, max_length)
         end = max(first, min(last, lengths[b]))
         for head in range(h * group, (h + 1) * group):
-            values, factor = table[b * heads + head], factors[b * heads + head]
+            values, factor, offset = table[b * heads + head], factors[b * heads + head], offsets[b * heads + head]
             for t in range(first, end):
                 row = starts[b] + t
                 total = np.float32(0)
                 for place in range(code_bytes):
                     total += values[place, labels[h, row, place]]
-                out[b, head, t] = total * factor * scales[labels[h, row, scale_byte]]
+                out[b, head, t] = total * factor * scales[labels[h, row, scale_byte]] + offset
             for t in range(end, last):
                 out[b, head, t] = -np.inf
 
@@ -74,17 +74,30 @@ def scores_from_bytes(inputs: ScoreInputs, codes: Tensor, factors: Tensor, out: 
         codes, factors: The queries from `quantise_query`.
         out: float32 [B, H, max_length], contiguous.
     """
-    layout = inputs.layout
-    levels = byte_levels(layout).to(torch.float32).numpy()
-    table = _byte_tables(codes.flatten(0, 1).contiguous().numpy(), levels, layout.code_bytes)
-    scales = decode_scales(torch.arange(256, dtype=torch.uint8)).numpy()
-    per_head, starts, lengths = (
-        value.flatten().contiguous().numpy() for value in (factors, inputs.starts, inputs.lengths)
-    )
+    levels = byte_levels(inputs.layout).to(torch.float32).numpy()
+    table = _byte_tables(codes.flatten(0, 1).contiguous().numpy(), levels, inputs.layout.code_bytes)
+    scales = decode_scales(torch.arange(256, dtype=torch.uint8))
+    score_bytes(inputs, table, factors, torch.zeros_like(factors), scales, out)
+
+
+def score_bytes(
+    inputs: CachedLabels, table: np.ndarray, factors: Tensor, offsets: Tensor, scales: Tensor, out: Tensor
+) -> None:
+    """Fill `out` with what a table gives for a label's bytes, summed, times factor and scale, plus the offset.
+
+    Args:
+        inputs: Labels, starts and lengths, checked, on the CPU.
+        table: float32 [B * H, code bytes, 256], whole numbers.
+        factors, offsets: float32 [B, H].
+        scales: float32 [256], by a label's last byte.
+        out: float32 [B, H, max_length], contiguous.
+    """
+    values = (factors, offsets, scales, inputs.starts, inputs.lengths)
+    per_head, added, by_byte, starts, lengths = (value.flatten().contiguous().numpy() for value in values)
     labels, scores = inputs.labels.numpy(), out.numpy()
 
     def part(first: int, last: int) -> None:
-        _score_blocks(labels, table, per_head, scales, starts, lengths, scores, BLOCK_TOKENS, first, last)
+        _score_blocks(labels, table, per_head, added, by_byte, starts, lengths, scores, BLOCK_TOKENS, first, last)
 
     blocks = -(-inputs.max_length // BLOCK_TOKENS)
-    run_split(part, inputs.batch * inputs.kv_heads * blocks, out.numel() * layout.code_bytes // LOOKUPS_PER_THREAD)
+    run_split(part, inputs.batch * inputs.kv_heads * blocks, out.numel() * table.shape[1] // LOOKUPS_PER_THREAD)

@@ -11,46 +11,48 @@ from torch import Tensor
 from ds_offload.kernels.label_codec import LabelLayout
 
 
-@dataclass(frozen=True)
-class ScoreInputs:
-    """The arguments of `label_scores` (kernels/label_scores.py), which describes them.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit.
-    """
+class CachedLabels:
+    """Labels of B sequences and a query for each: what scores of labels of every code are computed from."""
 
     labels: Tensor
-    layout: LabelLayout
     query: Tensor
-    channels: Tensor
     starts: Tensor
     lengths: Tensor
     max_length: int
     scaling: float
 
-    def __post_init__(self) -> None:
-        labels, query, row_bytes = self.labels, self.query, self.layout.row_bytes
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a label."""
+        raise NotImplementedError
+
+    def check(self, channels: Tensor | None = None, shape: tuple[int, ...] = ()) -> None:
+        """Refuse arguments that do not fit; `channels`, where the code has them, must have `shape`.
+
+        Raises:
+            ValueError: shapes, dtypes or devices do not fit.
+        """
+        labels, query, row_bytes = self.labels, self.query, self.row_bytes
         if labels.dtype != torch.uint8 or labels.dim() != 3 or labels.shape[2] != row_bytes:
             raise ValueError(f"labels {labels.dtype} {tuple(labels.shape)} must be uint8 [Hkv, N, {row_bytes}]")
         if not query.is_floating_point() or query.dim() != 3:
             raise ValueError(f"query {query.dtype} {tuple(query.shape)} must be floating point [B, H, D]")
         if self.kv_heads < 1 or self.heads < 1 or self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads must be a multiple of the labels' {self.kv_heads} KV heads")
-        shapes = {
-            "channels": (self.kv_heads, self.layout.channels),
-            "starts": (self.batch,),
-            "lengths": (self.batch,),
-        }
-        for name, shape in shapes.items():
-            value = getattr(self, name)
+        given: list[tuple[str, Tensor, tuple[int, ...]]] = [
+            ("starts", self.starts, (self.batch,)),
+            ("lengths", self.lengths, (self.batch,)),
+        ]
+        if channels is not None:
+            given.insert(0, ("channels", channels, shape))
+        for name, value, shape in given:
             if value.dtype != torch.int64 or value.shape != shape:
                 raise ValueError(f"{name} {value.dtype} {tuple(value.shape)} must be int64 {shape}")
         if self.max_length < 0:
             raise ValueError(f"max_length={self.max_length} must not be negative")
-        for name in ("query", *shapes):
-            device = getattr(self, name).device
-            if device != labels.device:
-                raise ValueError(f"{name} is on {device}; it must be on {labels.device} like the labels")
+        for name, value in (("query", query), *((name, value) for name, value, _ in given)):
+            if value.device != labels.device:
+                raise ValueError(f"{name} is on {value.device}; it must be on {labels.device} like the labels")
 
     @property
     def batch(self) -> int:
@@ -94,7 +96,7 @@ class ScoreInputs:
         Raises:
             ValueError: the rows of a head do not stand side by side, or start at odd addresses.
         """
-        labels, row_bytes = self.labels, self.layout.row_bytes
+        labels, row_bytes = self.labels, self.row_bytes
         if labels.stride(2) != 1 or labels.stride(1) != row_bytes:
             raise ValueError(f"labels with strides {labels.stride()} must have the rows of a head side by side")
         alignment = math.gcd(16, row_bytes)
@@ -103,11 +105,6 @@ class ScoreInputs:
                 f"labels at {labels.data_ptr():#x} with {labels.stride(0)} bytes from head to head "
                 f"must have every head start at a multiple of {alignment} bytes"
             )
-
-    def kept(self) -> Tensor:
-        """The kept channels of the queries: float32 [B, H, R]."""
-        index = self.channels.repeat_interleave(self.group, 0)
-        return self.query.gather(-1, index.expand(self.batch, -1, -1)).to(torch.float32)
 
     def result(self, heads: int, out: Tensor | None) -> Tensor:
         """`out`, or a new tensor, float32 [B, heads, max_length].
@@ -123,3 +120,42 @@ class ScoreInputs:
         if out.device != device:
             raise ValueError(f"out is on {out.device}; it must be on {device} like the labels")
         return out
+
+    def summed_weights(self, scores: Tensor, out: Tensor) -> Tensor:
+        """Softmax of scores [B, H, T], summed to `out` [B, Hkv, T]; a sequence at a time, so its bits do not vary."""
+        for b, (_, length) in enumerate(self.ranges()):
+            weights = scores[b, :, :length].softmax(-1)
+            out[b, :, :length] = weights.unflatten(0, (self.kv_heads, -1)).sum(1)
+            out[b, :, length:] = 0
+        return out
+
+
+@dataclass(frozen=True)
+class ScoreInputs(CachedLabels):
+    """The arguments of `label_scores` (kernels/label_scores.py), which describes them.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+
+    labels: Tensor
+    layout: LabelLayout
+    query: Tensor
+    channels: Tensor
+    starts: Tensor
+    lengths: Tensor
+    max_length: int
+    scaling: float
+
+    def __post_init__(self) -> None:
+        self.check(self.channels, (self.labels.shape[0], self.layout.channels))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a label."""
+        return self.layout.row_bytes
+
+    def kept(self) -> Tensor:
+        """The kept channels of the queries: float32 [B, H, R]."""
+        index = self.channels.repeat_interleave(self.group, 0)
+        return self.query.gather(-1, index.expand(self.batch, -1, -1)).to(torch.float32)

@@ -1,4 +1,4 @@
-"""The label cache: a few quantised channels of every key, the only thing on the device that grows with the context."""
+"""The label cache: a code of every key in a few bits, the only thing on the device that grows with the context."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ds_offload.kernels.label_codec import LabelLayout, encode_labels
-from ds_offload.kernels.label_scores import group_scores
-from ds_offload.kernels.new_token import LabelRows
+from ds_offload.kernels.new_token import LabelRows, ProductRows
+from ds_offload.memory.label_code import LabelCode
 
 # Tokens encoded at a time: their float32 copies are what a prompt's labels cost in workspace.
 _PROMPT_CHUNK = 4096
@@ -20,34 +19,25 @@ class LabelCache:
     """Labels of B sequences, packed `[L, Hkv, N, row_bytes]` uint8 on the device, N tokens of all sequences in a row.
 
     Sequence b's token t stands at `starts[b] + t`, so unequal lengths waste nothing.
-    A label is the key's kept channels less their mean over the calibration text (the
-    mean adds the same to every score of a query, so it changes no ranking).
 
     Hand-overs: whoever writes a label, of a prompt or of a new token (`layer`), does so on
     its stream; scores on another stream must wait for an event recorded behind it.
 
     Args:
-        layout: The code.
-        channels: Channels in descending importance, `[L, Hkv, D]` int64; the first R are kept.
-        key_mean: Mean key `[L, Hkv, D]` float32.
+        code: What labels are, of all layers.
         capacities: Most tokens of each sequence.
         device: Where the labels live.
     """
 
-    def __init__(
-        self, layout: LabelLayout, channels: Tensor, key_mean: Tensor, capacities: list[int], device: torch.device
-    ) -> None:
-        self.layout = layout
-        layers, kv_heads, _ = channels.shape
-        kept = channels[..., : layout.channels].contiguous()
-        self._channels = kept.to(device)
-        self._mean = key_mean.gather(-1, kept).to(device)
+    def __init__(self, code: LabelCode, capacities: list[int], device: torch.device) -> None:
+        self.code = code
         offsets = [0]
         for capacity in capacities:
             offsets.append(offsets[-1] + capacity)
         self._offsets = offsets
         self.starts = torch.tensor(offsets[:-1], dtype=torch.int64, device=device)
-        self.rows = torch.zeros(layers, kv_heads, offsets[-1], layout.row_bytes, dtype=torch.uint8, device=device)
+        shape = (code.layers, code.kv_heads, offsets[-1], code.row_bytes)
+        self.rows = torch.zeros(shape, dtype=torch.uint8, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -63,13 +53,10 @@ class LabelCache:
             stored_as: Round the keys to this dtype first, so that the labels can be made again from stored rows.
         """
         first = self._offsets[sequence] + start
-        channels = self._channels[layer][:, None].expand(-1, keys.shape[1], -1)
-        mean = self._mean[layer][:, None]
         for begin in range(0, keys.shape[1], _PROMPT_CHUNK):
             chunk = slice(begin, min(begin + _PROMPT_CHUNK, keys.shape[1]))
-            kept = keys[:, chunk].gather(-1, channels[:, chunk])
-            kept = kept.to(stored_as or kept.dtype).float() - mean
-            encode_labels(kept, self.layout, out=self.rows[layer, :, first + chunk.start : first + chunk.stop])
+            stored = keys[:, chunk].to(stored_as or keys.dtype)
+            self.code.encode(layer, stored, self.rows[layer, :, first + chunk.start : first + chunk.stop])
 
     def of(self, sequence: int) -> LabelCache:
         """The labels of one of the sequences alone, to be scored: a view."""
@@ -83,14 +70,14 @@ class LabelCache:
         for head in self.rows[layer]:
             yield head[first : first + stop]
 
-    def layer(self, layer: int) -> LabelRows:
+    def layer(self, layer: int) -> LabelRows | ProductRows:
         """One layer's labels, as the kernel that takes in a new token wants them."""
-        return LabelRows(self.rows[layer], self.layout, self._channels[layer], self._mean[layer], self.starts)
+        return self.code.new_rows(layer, self.rows[layer], self.starts)
 
     def scores(
         self, layer: int, query: Tensor, lengths: Tensor, max_length: int, scaling: float, weights: bool = False
     ) -> Tensor:
-        """Scores of every token for every KV head, as `group_scores` gives them.
+        """Scores of every token for every KV head, as `group_scores` and `product_scores` give them.
 
         Args:
             layer: Whose labels.
@@ -105,7 +92,5 @@ class LabelCache:
             `weights`: the heads' softmax over the tokens, summed, and 0 at and beyond
             `lengths`. Else the scores, and -inf there.
         """
-        return group_scores(
-            *(self.rows[layer], self.layout, query, self._channels[layer], self.starts, lengths, max_length, scaling),
-            weights=weights,
-        )
+        rows = self.rows[layer]
+        return self.code.scores(layer, rows, query, self.starts, lengths, max_length, scaling, weights)

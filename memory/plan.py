@@ -12,6 +12,7 @@ import torch
 from ds_offload.kernels.admit_state import AdmitState
 from ds_offload.kernels.kv_codec import RowLayout
 from ds_offload.kernels.label_codec import LabelLayout
+from ds_offload.kernels.product_code import ProductLayout, code_bytes
 from ds_offload.memory.staging_ring import RING_BYTES
 from ds_offload.memory.window import AttentionWindow
 from ds_offload.memory.workspace import (
@@ -41,7 +42,7 @@ class CacheShape:
         layers, dense_layers: Decoder layers, and how many of them keep their K/V on the device.
         active_experts: Experts that a token goes through; 1 where the MLP is no mixture.
         dtype, kv_dtype: Of the model, and of K/V that are not quantised.
-        labels: The code of a label.
+        labels: How a label is stored.
         most_kept: Most candidates a KV head keeps at a step.
         hot_slots: Slots of the hot set per layer and KV head.
         prompts, capacities: Tokens of each prompt, and most tokens of each sequence.
@@ -67,7 +68,7 @@ class CacheShape:
     vocab_size: int
     dtype: torch.dtype
     kv_dtype: torch.dtype
-    labels: LabelLayout
+    labels: LabelLayout | ProductLayout
     window: AttentionWindow
     most_kept: int
     hot_slots: int
@@ -116,7 +117,7 @@ class MemoryPlan:
 
     Attributes:
         weights: The model's parameters.
-        labels: The label cache.
+        labels: The label cache, and the codes of product labels.
         hot_set: Device rows: sinks, recent window and hot set, with their bookkeeping.
         buffers: The new token's rows, dense layers' K/V and, with `kv_location="gpu"`,
             the store. With quantised sequences that are continued later, a copy of the window.
@@ -176,6 +177,9 @@ def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None, continu
     buffers += shape.dense_layers * tokens * shape.kv_heads * shape.plain_row_bytes
     buffers += segments * segment if shape.kv_on_device else 0
     labels = shape.layers * shape.kv_heads * tokens * shape.labels.row_bytes
+    # On a CPU they are the calibration's own.
+    if shape.cuda and isinstance(shape.labels, ProductLayout):
+        labels += code_bytes(shape.layers, shape.kv_heads, shape.head_dim)
     reserve = CUDA_RESERVE_BYTES if shape.cuda else 0
     decode, turn = decode_bytes(shape), 0
     if continued:

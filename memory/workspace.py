@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 from ds_offload.kernels.coded_attention import coded_attention_launch
 from ds_offload.kernels.kv_codec import REFERENCE_ROWS
+from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.kernels.label_scores import REFERENCE_BLOCK
 from ds_offload.kernels.label_scores_launch import scores_launch
+from ds_offload.kernels.product_code import PART, REFERENCE_TOKENS, WORDS
+from ds_offload.kernels.product_scores_launch import weights_bytes
 from ds_offload.kernels.select import select_scratch_bytes
 from ds_offload.kernels.slot_attention_launch import slot_attention_launch
 
@@ -115,12 +118,24 @@ def _writer_bytes(shape: CacheShape, tokens: int) -> int:
     Float32 copies of keys on the way to labels, or rows in the store's dtype; quantised ones
     are there while labels are made.
     """
-    labels = 8 * min(tokens, _LABEL_TOKENS) * shape.kv_heads * shape.labels.channels
+    labels = _encoding_bytes(shape, tokens)
     written = min(tokens, WRITTEN_SEGMENTS * shape.segment_tokens)
     rows = written * shape.kv_heads * shape.row_bytes
     if shape.layout is not None:
         return rows + max(labels, _codec_bytes(shape, shape.kv_heads, written, _ENCODED_BYTES))
     return labels if shape.dtype == shape.kv_dtype else max(labels, rows)
+
+
+def _encoding_bytes(shape: CacheShape, tokens: int) -> int:
+    """Keys of some of `tokens` tokens on their way to labels: a CUDA kernel makes product codes from keys in place."""
+    chunk = shape.kv_heads * min(tokens, _LABEL_TOKENS)
+    if isinstance(shape.labels, LabelLayout):
+        return 8 * chunk * shape.labels.channels
+    stored = chunk * shape.head_dim * shape.kv_dtype.itemsize if shape.dtype != shape.kv_dtype else 0
+    if shape.cuda:
+        return stored
+    # Keys and axes, twice each, and distances to all words with what they are made of.
+    return stored + shape.kv_heads * min(tokens, REFERENCE_TOKENS) * shape.head_dim * (16 + 2 * 4 * WORDS // PART)
 
 
 def _codec_bytes(shape: CacheShape, heads: int, tokens: int, channel: int) -> int:
@@ -201,8 +216,7 @@ def _cuda_step(shape: CacheShape) -> int:
         scores = rows * longest * 4
         selecting = select_scratch_bytes(rows, longest)
         if shape.weighed:
-            part = scores_launch(shape.labels, heads // shape.kv_heads).part
-            weighing = sequences * heads * 2 * -(-longest // part) * 4
+            weighing = _weighing_bytes(shape, longest)
         if shape.top_p:
             # A masked copy, the sorted one with its indices, and the sort's own.
             weighing += 10 * scores
@@ -225,6 +239,14 @@ def _cuda_step(shape: CacheShape) -> int:
     return step
 
 
+def _weighing_bytes(shape: CacheShape, longest: int) -> int:
+    """What scores of query heads take on CUDA on their way to weights of KV heads."""
+    sequences, heads, group = len(shape.capacities), shape.heads, shape.heads // shape.kv_heads
+    if isinstance(shape.labels, LabelLayout):
+        return sequences * heads * 2 * -(-longest // scores_launch(shape.labels, group).part) * 4
+    return weights_bytes(shape.labels, sequences, heads, group, longest)
+
+
 def _cpu_step(shape: CacheShape) -> int:
     """One selection or one attention at a time; scores are those of every query head."""
     rows, heads, sequences, longest = shape.rows, shape.heads, len(shape.capacities), max(shape.capacities)
@@ -240,7 +262,7 @@ def _cpu_step(shape: CacheShape) -> int:
         if shape.weighed:
             # Those of every head, and one sequence's softmax of them, not in place.
             scoring = max(scoring, (sequences + 2) * heads * longest * 4 + shape.kv_heads * longest * 4)
-        if shape.labels.bits == 16:
+        if isinstance(shape.labels, LabelLayout) and shape.labels.bits == 16:
             block = min(longest, REFERENCE_BLOCK)
             scoring += block * (shape.kv_heads * shape.labels.channels * 8 + 2 * heads * 4)
     # Tokens, and the result of an admission: three times the tokens.

@@ -25,6 +25,7 @@ from ds_offload.calibration import (
     find_or_make_calibration,
     text_ids,
 )
+from ds_offload.calibration_file import has_codes
 from ds_offload.decoder import DecoderStack
 from ds_offload.errors import InputError, LoadError
 from ds_offload.loading import LoadedModel, ModelSource
@@ -165,7 +166,8 @@ def test_blocks_stay_within_the_trained_positions(monkeypatch: pytest.MonkeyPatc
     rotary = decoder.rotary
     monkeypatch.setattr(decoder, "rotary", lambda positions: furthest.append(int(positions.max())) or rotary(positions))
     calibrate_loaded(loaded, decoder, token_ids(60), "t")
-    assert furthest == [23, 23, 11]
+    # Of each block once where its tokens are scattered, for the codes, and once as they stand.
+    assert furthest[1::2] == [23, 23, 11] and max(furthest[::2]) <= 23
 
 
 def test_progress_counts_every_layer_of_every_block() -> None:
@@ -179,6 +181,26 @@ def test_progress_counts_every_layer_of_every_block() -> None:
         on_progress=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(n, 9) for n in range(1, 10)]
+
+
+def test_codes_take_every_token_at_a_position_of_its_own() -> None:
+    model, ids = tiny_model(), token_ids(50)
+    decoder = DecoderStack(model)
+    unturned, spread = (
+        calibrate(decoder, ids, fingerprint="f", text="t", block=64, span=span).codes for span in (1, 4096)
+    )
+    assert unturned is not None and spread is not None
+    # With one position to choose from nothing is turned.
+    _, keys = queries_and_keys(model, ids)
+    with torch.no_grad():
+        first = decoder.blocks[0]
+        plain = first.self_attn.k_proj(first.input_layernorm(decoder.embed(torch.tensor(ids)))).view(50, 2, 12)
+    torch.testing.assert_close(unturned.mean[0].double(), plain.mean(0), rtol=1e-4, atol=1e-5)
+    # The fast pairs of keys at many positions cancel out; the text's own positions turn the slow ones less.
+    assert (spread.mean[0].norm(dim=-1) < 0.8 * keys[0].mean(0).norm(dim=-1)).all()
+    torch.testing.assert_close(
+        unturned.basis.double() @ unturned.turn.double(), torch.eye(12).double().expand(3, 2, -1, -1), rtol=0, atol=1e-3
+    )
 
 
 def test_no_tokens_and_values_that_are_not_finite_are_refused() -> None:
@@ -196,10 +218,15 @@ def made() -> Calibration:
     return calibrate(DecoderStack(tiny_model()), token_ids(30), fingerprint=FINGERPRINT, text="a text: ünïcode, 文")
 
 
+def plain(calibration: Calibration) -> list:
+    values = [getattr(calibration, field.name) for field in dataclasses.fields(Calibration)]
+    codes = calibration.codes.tensors() if calibration.codes is not None else ()
+    return [value for value in values if value is not calibration.codes] + list(codes)
+
+
 def same(one: Calibration, other: Calibration) -> bool:
     return all(
-        torch.equal(a, b) if isinstance(a, Tensor) else a == b
-        for a, b in zip(dataclasses.astuple(one), dataclasses.astuple(other), strict=True)
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(plain(one), plain(other), strict=True)
     )
 
 
@@ -312,11 +339,12 @@ def test_the_wrong_model_is_named(made: Calibration, tmp_path: Path) -> None:
 def rewritten(made: Calibration, path: Path, metadata: dict[str, str] | None = None, **tensors: Tensor | None) -> Path:
     """`made` in a file with other metadata or tensors."""
     held = {name: getattr(made, name) for name in NAMES}
+    held |= {f"code_{name}": getattr(made.codes, name) for name in ("mean", "basis", "turn", "words")}
     held |= {name: tensor for name, tensor in tensors.items() if tensor is not None}
     held = {name: tensor.contiguous() for name, tensor in held.items() if tensors.get(name, tensor) is not None}
     about = {
         "format": "ds_offload.calibration",
-        "version": "2",
+        "version": "3",
         "fingerprint": FINGERPRINT,
         "tokens": "30",
         "text": "t",
@@ -326,13 +354,23 @@ def rewritten(made: Calibration, path: Path, metadata: dict[str, str] | None = N
 
 
 def test_a_newer_version_is_refused_before_anything_else(made: Calibration, tmp_path: Path) -> None:
-    message = refused(rewritten(made, tmp_path / "c", {"version": "3", "fingerprint": "other"}, more=torch.ones(1)))
-    assert "has format version 3, and this version of ds-offload reads up to 2; update ds-offload" in message
+    message = refused(rewritten(made, tmp_path / "c", {"version": "4", "fingerprint": "other"}, more=torch.ones(1)))
+    assert "has format version 4, and this version of ds-offload reads up to 3; update ds-offload" in message
 
 
 def test_an_older_version_is_refused(made: Calibration, tmp_path: Path) -> None:
     message = refused(rewritten(made, tmp_path / "c", {"version": "1"}, key_factor=None))
     assert "has format version 1, of an older ds-offload; make one with" in message
+
+
+def test_version_2_has_no_codes_and_is_read(made: Calibration, tmp_path: Path) -> None:
+    without = dict.fromkeys(("code_mean", "code_basis", "code_turn", "code_words"))
+    path = rewritten(made, tmp_path / "c", {"version": "2"}, **without)
+    assert same(Calibration.load(path, FINGERPRINT), dataclasses.replace(made, codes=None, text="t"))
+    assert not has_codes(str(path)) and has_codes(None)
+    assert has_codes(str(rewritten(made, tmp_path / "c")))
+    path.write_text("{}")
+    assert not has_codes(str(path))
 
 
 def test_files_that_contradict_themselves_are_refused(made: Calibration, tmp_path: Path) -> None:
@@ -359,6 +397,11 @@ def test_files_that_contradict_themselves_are_refused(made: Calibration, tmp_pat
         {"key_factor": made.key_factor * 0},
         {"key_factor": None},
         {"extra": torch.zeros(1)},
+        {"code_words": None},
+        {"code_mean": made.codes.mean[1:]},
+        {"code_turn": made.codes.turn * torch.nan},
+        {"code_basis": made.codes.basis.double()},
+        {"code_words": made.codes.words[..., :2]},
     ]
     for case in cases:
         assert "is a damaged calibration" in refused(rewritten(made, path, **case)), case
@@ -394,7 +437,7 @@ def test_made_once_and_found_from_then_on(
         find_or_make_calibration(other, DecoderStack(other.model), None)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "other shape", "folder"])
+@pytest.mark.parametrize("damage", ["truncated", "other shape", "folder", "no codes"])
 def test_a_damaged_cache_file_is_said_and_made_again(
     cache: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -405,7 +448,9 @@ def test_a_damaged_cache_file_is_said_and_made_again(
     if damage == "truncated":
         cache.write_bytes(sound[:-1])
     elif damage == "other shape":
-        dataclasses.replace(first, **{n: getattr(first, n)[1:] for n in NAMES}).save(cache)
+        dataclasses.replace(first, codes=None, **{n: getattr(first, n)[1:] for n in NAMES}).save(cache)
+    elif damage == "no codes":
+        dataclasses.replace(first, codes=None).save(cache)
     else:
         cache.unlink()
         cache.mkdir()
@@ -443,7 +488,7 @@ def test_without_a_tokenizer_the_prompt_is_the_text(cache: Path, count: int) -> 
     decoder, ids = DecoderStack(loaded.model), token_ids(count)
     made = find_or_make_calibration(loaded, decoder, None, ids)
     assert made.tokens == min(count, 4096)
-    expected = calibrate(decoder, ids[:4096], fingerprint=FINGERPRINT, text="the prompt", block=128)
+    expected = calibrate(decoder, ids[:4096], fingerprint=FINGERPRINT, text="the prompt", block=128, span=128)
     assert same(made, expected)
     assert not cache.parent.exists()
 

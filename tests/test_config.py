@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ds_offload.config import default_label_channels
 from ds_offload.kernels.label_codec import LabelLayout
+from ds_offload.label_choice import default_label_channels
 
 
 @pytest.mark.parametrize(

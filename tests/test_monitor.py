@@ -14,6 +14,7 @@ from tiny_models import random_prompts, save_tiny, tiny_config
 from ds_offload import InputError, OffloadConfig, OffloadedGenerator
 from ds_offload import monitor as monitor_module
 from ds_offload.attention_fidelity import AttentionFidelity
+from ds_offload.kernels.product_code import ProductCode
 from ds_offload.monitor import FidelityMonitor, MonitorPace
 
 NEW = 12
@@ -48,6 +49,18 @@ def with_wrong_channels(generator: OffloadedGenerator) -> OffloadedGenerator:
     calibration = generator._calibration
     assert calibration is not None
     generator._calibration = dataclasses.replace(calibration, channels=calibration.channels.flip(-1))
+    return generator
+
+
+def with_foreign_words(generator: OffloadedGenerator) -> OffloadedGenerator:
+    """Product codes whose words belong to other parts of other layers: labels of keys that nobody has."""
+    generator.generate(random_prompts(50)[0], max_new_tokens=1)
+    calibration = generator._calibration
+    assert calibration is not None and calibration.codes is not None
+    codes = calibration.codes
+    foreign = codes.words.flip(0, 2, 4).roll(5, 3).contiguous()
+    codes = ProductCode(codes.mean, codes.basis.flip(-1).contiguous(), codes.turn, foreign)
+    generator._calibration = dataclasses.replace(calibration, codes=codes)
     return generator
 
 
@@ -125,6 +138,21 @@ def test_labels_of_the_wrong_channels_are_warned_about(concentrated: Path, capsy
         assert part in bad["warning"]
     assert "\n" not in bad["warning"]
     assert good["selection_recall"] > 0.8 > 0.4 > bad["selection_recall"]
+
+
+def test_product_codes_of_foreign_words_are_warned_about(
+    concentrated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = random_prompts(300)[0]
+    with make(concentrated) as gen:
+        good = gen.generate(prompt, max_new_tokens=NEW).stats["monitor"]
+        assert good["warning"] is None and "captures" not in capsys.readouterr().err
+        bad = with_foreign_words(gen).generate(prompt, max_new_tokens=NEW).stats["monitor"]
+        assert bad["warning"] in capsys.readouterr().err
+    for part in ("the labels miss it", "--calibration", "--token-budget 1/4"):
+        assert part in bad["warning"]
+    assert "--label-bits" not in bad["warning"] and "\n" not in bad["warning"]
+    assert good["selection_recall"] > 0.7 > 0.4 > bad["selection_recall"]
 
 
 def test_a_budget_too_small_for_wide_attention_is_warned_about(tmp_path: Path) -> None:

@@ -333,8 +333,8 @@ def test_another_model_or_setting_is_refused(model: Path, saved: Path, tmp_path:
     refusals: list[tuple[OffloadedGenerator, str]] = [
         (make(other), r"another model \(fingerprint \w{8}, here fingerprint \w{8}\), rope \(.*10000.*, here .*500000"),
         (make(model, kv_dtype="bf16"), r"another kv_dtype \(fp32, here bf16\);"),
-        (make(model, label_bits=4), r"label_bits \(2, here 4\);"),
-        (make(model, label_channels=3), r"label_channels \(\d+, here 3\);"),
+        (make(model, label_bits=4), r"label_bits \(None, here 4\), label_code \(product, here scalar\);"),
+        (make(model, label_channels=3), r"label_channels \(16, here 3\), label_bits .*label_code"),
         (make(model, dense_layers=(1,)), r"dense_layers \(\[\], here \[1\]\);"),
         (make(model, max_context=150), r"the session has 150 tokens and max_context=150"),
     ]

@@ -16,15 +16,20 @@ from ds_offload.bench.limits import measure_limits
 from ds_offload.bench.report import BenchRow
 from ds_offload.bench.sizes import check_room, kept_tokens
 from ds_offload.bench.timing import Stopwatch, Timing
-from ds_offload.config import TokenBudget, default_label_channels
+from ds_offload.codebooks import has_parts, random_codes
+from ds_offload.config import TokenBudget
 from ds_offload.errors import InputError
 from ds_offload.kernels.label_codec import LabelLayout
+from ds_offload.kernels.product_code import ProductLayout
 from ds_offload.kernels.select import select_tokens
 from ds_offload.kernels.slot_attention import slot_attention
+from ds_offload.label_choice import default_label_channels
 from ds_offload.memory.label_cache import LabelCache
+from ds_offload.memory.label_code import LabelCode, ProductLabels, ScalarLabels
 from ds_offload.notices import notice
 
-LABEL_BITS = 2
+# Of the labels that are compared with the default ones.
+LABEL_BITS = (2, 4)
 # Calls that follow each other read at least so many bytes in all: more than a level 2 cache holds.
 ROTATED_BYTES = 256 << 20
 MOST_ROW_BYTES = 6 << 30
@@ -64,9 +69,19 @@ class AttentionSizes:
         return cls((1, 2), (1 << 10,), 4, 2, 64, budget, torch.float32)
 
     @property
-    def layout(self) -> LabelLayout:
-        """The default labels of such heads."""
-        return LabelLayout(default_label_channels(self.head_dim, LABEL_BITS), LABEL_BITS)
+    def layouts(self) -> dict[str, LabelLayout | ProductLayout]:
+        """Labels that such heads may have, all of about as many bytes, the default ones first."""
+        layouts: dict[str, LabelLayout | ProductLayout] = {}
+        if has_parts(self.head_dim):
+            layouts["product code"] = ProductLayout(self.head_dim)
+        for bits in LABEL_BITS:
+            layout = LabelLayout(default_label_channels(self.head_dim, bits), bits)
+            layouts[f"{layout.channels} x {bits} bit"] = layout
+        return layouts
+
+    def label_bytes(self, layout: LabelLayout | ProductLayout, batch: int, tokens: int) -> int:
+        """Bytes of the labels of one layer."""
+        return batch * self.kv_heads * tokens * layout.row_bytes
 
     def row_bytes(self, batch: int, tokens: int) -> int:
         """Bytes of every K and V."""
@@ -74,7 +89,7 @@ class AttentionSizes:
 
     def read_bytes(self, batch: int, tokens: int) -> int:
         """Bytes that the sparse operator has to read: all labels and the kept rows."""
-        labels = batch * self.kv_heads * tokens * self.layout.row_bytes
+        labels = self.label_bytes(next(iter(self.layouts.values())), batch, tokens)
         return labels + self.row_bytes(batch, kept_tokens(self.budget, tokens))
 
     def layers(self, device: torch.device, batch: int, tokens: int) -> int:
@@ -89,7 +104,8 @@ def bench_attention(device: torch.device, sizes: AttentionSizes, samples: int) -
     """Time the sparse operator with everything on the device, slot attention over all rows, and torch's attention.
 
     The limit of the sparse operator is the time of reading all labels and the kept rows;
-    that of dense attention, of reading all rows.
+    that of dense attention, of reading all rows. Label scores are timed by themselves, too, for
+    the default labels and others: their limit is the time of reading those once.
 
     Returns:
         The rows, and a line for each of torch's kernels that does not take these inputs.
@@ -100,7 +116,7 @@ def bench_attention(device: torch.device, sizes: AttentionSizes, samples: int) -
     cases = [(batch, tokens) for tokens in sizes.contexts for batch in sizes.batches]
     for batch, tokens in cases:
         layers = sizes.layers(device, batch, tokens)
-        labels = layers * batch * sizes.kv_heads * tokens * sizes.layout.row_bytes
+        labels = layers * sum(sizes.label_bytes(layout, batch, tokens) for layout in sizes.layouts.values())
         scores = batch * tokens * (3 * sizes.heads * 4 + sizes.kv_heads * 8)
         check_room(device, gpu=layers * sizes.row_bytes(batch, tokens) + labels + 2 * scores)
     # Now, while the device is empty.
@@ -128,15 +144,20 @@ class _Case:
         self.all_rows = torch.empty(shape, dtype=sizes.dtype, device=device).normal_(generator=generator)
         query = torch.empty(batch, sizes.heads, sizes.head_dim, dtype=sizes.dtype, device=device)
         self.query = query.normal_(generator=generator)
-        self.labels = self._encode()
+        self.labels = {name: self._encode(layout) for name, layout in sizes.layouts.items()}
         self.lengths = torch.full((batch,), tokens, dtype=torch.int64, device=device)
         self.keep = torch.full((batch,), self.kept, dtype=torch.int64, device=device)
 
-    def _encode(self) -> LabelCache:
+    def _encode(self, layout: LabelLayout | ProductLayout) -> LabelCache:
         sizes, device = self.sizes, self.watch.device
         heads = (len(self.layers), sizes.kv_heads, sizes.head_dim)
-        channels = torch.arange(sizes.head_dim).expand(heads).contiguous()
-        labels = LabelCache(sizes.layout, channels, torch.zeros(heads), [self.tokens] * self.batch, device)
+        code: LabelCode
+        if isinstance(layout, ProductLayout):
+            code = ProductLabels(random_codes(*heads), device)
+        else:
+            channels = torch.arange(sizes.head_dim).expand(heads).contiguous()
+            code = ScalarLabels(layout, channels, torch.zeros(heads), device)
+        labels = LabelCache(code, [self.tokens] * self.batch, device)
         for layer in self.layers:
             for sequence in range(self.batch):
                 labels.write_prompt(layer, sequence, 0, self.all_rows[layer, sequence, :, :, 0])
@@ -169,11 +190,20 @@ class _Case:
         results.insert(0, BenchRow.of(f"{name}, sparse", sparse, "us", limit, **sparse_figures))
         limit = limits.memory_s(dense_bytes)
         results.insert(1, BenchRow.of(f"{name}, slot attention", dense, "us", limit, **figures, bytes=dense_bytes))
+        for code, layout in self.sizes.layouts.items():
+            timing = self.watch.time([partial(self.scores, layer, self.labels[code]) for layer in self.layers])
+            read = self.sizes.label_bytes(layout, self.batch, self.tokens)
+            title = f"{name}, label scores, {code}"
+            results.append(BenchRow.of(title, timing, "us", limits.memory_s(read), **figures, bytes=read))
         return results
+
+    def scores(self, layer: int, labels: LabelCache) -> Tensor:
+        """Scores of a layer's labels of every token."""
+        return labels.scores(layer, self.query, self.lengths, self.tokens, self.scaling)
 
     def sparse(self, layer: int) -> Tensor:
         """What a decode step does for a layer once its K and V are there: scores, selection, attention in place."""
-        scores = self.labels.scores(layer, self.query, self.lengths, self.tokens, self.scaling)
+        scores = self.scores(layer, next(iter(self.labels.values())))
         tokens = select_tokens(scores, 0, self.lengths, self.keep, self.kept)
         return self.attend(layer, tokens)
 

@@ -21,6 +21,8 @@ from ds_offload.bench.sizes import check_room
 from ds_offload.bench.timing import Timing
 from ds_offload.bench.transformers_cache import transformers_row
 from ds_offload.calibration import Calibration, find_or_make_calibration
+from ds_offload.calibration_file import has_codes
+from ds_offload.codebooks import has_parts, random_codes
 from ds_offload.config import OffloadConfig
 from ds_offload.decoder import DecoderStack
 from ds_offload.dtypes import RowFormat
@@ -108,6 +110,7 @@ def bench_decode(
         head_dim=source.shape.head_dim,
         layers=source.shape.layers,
         trained_context=source.shape.trained_context,
+        codes=has_codes(config.calibration),
     )
     tokenizer, windows = None, None
     if sizes.text is not None:
@@ -157,7 +160,8 @@ def random_calibration(loaded: LoadedModel) -> Calibration:
     heads = (shape.layers, shape.kv_heads, shape.head_dim)
     ranks = torch.rand(heads, generator=torch.Generator().manual_seed(0))
     nothing: dict[str, Any] = {"fingerprint": loaded.fingerprint, "tokens": 0, "text": "no text"}
-    return Calibration.rank(ranks, torch.zeros(heads), **nothing)
+    codes = random_codes(*heads) if has_parts(shape.head_dim) else None
+    return Calibration.rank(ranks, torch.zeros(heads), None, codes, **nothing)
 
 
 class _Bench:

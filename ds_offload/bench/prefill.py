@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ds_offload.bench.decode import random_calibration
 from ds_offload.bench.report import BenchRow
 from ds_offload.bench.timing import Stopwatch, Timing
+from ds_offload.calibration_file import has_codes
 from ds_offload.config import OffloadConfig
 from ds_offload.decoder import DecoderStack
 from ds_offload.errors import InputError
@@ -72,6 +73,7 @@ def bench_prefill(
         head_dim=source.shape.head_dim,
         layers=source.shape.layers,
         trained_context=source.shape.trained_context,
+        codes=has_codes(config.calibration),
     )
     lengths = [sizes.tokens], [sizes.tokens + 1]
     config = settle_config(source, config, device, *lengths)

@@ -1,4 +1,4 @@
-"""`ds-offload calibrate`: ranks a model's key channels on a text and writes them to a file."""
+"""`ds-offload calibrate`: fits a model's labels to a text and writes what they are made by to a file."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def calibrate(
     tokens: Annotated[str, typer.Option("--tokens", metavar="TOKENS", help="Most tokens of the text to use.")] = "4096",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
-    """Rank the channels of every KV head, on your own text or the one that ships.
+    """Fit the labels of every KV head to your own text or the one that ships.
 
     Without --out the result is what this model uses from now on.
     """
     most = parse_tokens(tokens, "tokens")
     if most < FEWEST_TOKENS:
-        raise InputError(f"tokens={tokens!r} is too few to rank channels; give at least {FEWEST_TOKENS}")
+        raise InputError(f"tokens={tokens!r} is too few to fit labels; give at least {FEWEST_TOKENS}")
     if model.load_format == "dummy" and out is None:
         raise InputError("a calibration of dummy weights is not kept in the cache; give --out FILE")
     document = None if data is None else read_text_file(data)
@@ -96,4 +96,4 @@ def calibrate(
 
 
 def _too_few(what: str) -> str:
-    return f"{what} is too short to rank channels on; give a text of at least {FEWEST_TOKENS} tokens"
+    return f"{what} is too short to fit labels to; give a text of at least {FEWEST_TOKENS} tokens"

@@ -216,8 +216,11 @@ def sweep(
         str, typer.Option("--budgets", metavar="BUDGET,BUDGET", help="Values of --token-budget.")
     ] = "1/8,1/16,1/32",
     labels: Annotated[
-        str, typer.Option("--labels", metavar="CxB,B", help="Channels x bits, or bits alone at 1/16 of a key's bytes.")
-    ] = "2,4",
+        str,
+        typer.Option(
+            "--labels", metavar="CODE,CODE", help="product, channels x bits, or bits alone at 1/16 of a key's bytes."
+        ),
+    ] = "product,2",
     modes: Annotated[
         str, typer.Option("--modes", metavar="MODE,MODE", help="Values of --prefetch.")
     ] = "off,speculative",

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ds_offload.config import OffloadConfig
-from ds_offload.evaluation.subject import label_bytes, settings_line
+from ds_offload.evaluation.subject import settings_line
+from ds_offload.label_setting import label_layout
 from ds_offload.notices import notice
 
 LINE_EVERY_S = 5.0
@@ -55,7 +56,7 @@ class EvalResult:
             "sparse": self.sparse,
             "delta": self.delta,
             "mean_density": self.density,
-            "label_bytes_per_token_and_head": label_bytes(self.config),
+            "label_bytes_per_token_and_head": label_layout(self.config).row_bytes,
             "config": self.config.to_dict(),
         }
 

@@ -12,7 +12,7 @@ from ds_offload.calibration import Calibration, find_or_make_calibration
 from ds_offload.config import OffloadConfig
 from ds_offload.errors import InputError
 from ds_offload.generator import OffloadedGenerator
-from ds_offload.kernels.label_codec import LabelLayout
+from ds_offload.label_setting import label_layout, label_name
 from ds_offload.memory.window import AttentionWindow
 from ds_offload.memory_check import check_memory, settle_config
 from ds_offload.notices import notice
@@ -168,17 +168,13 @@ class EvalSubject:
         self.close()
 
 
-def label_bytes(config: OffloadConfig) -> int:
-    """Bytes of one token's label for one KV head."""
-    assert config.label_channels is not None, "the config is resolved"
-    return LabelLayout(config.label_channels, config.label_bits).row_bytes
-
-
 def settings_line(config: OffloadConfig, density: float | None) -> str:
     """What the figures were measured with, in one line."""
+    row_bytes = label_layout(config).row_bytes
+    labels = label_name(config.label_code, config.label_channels, config.label_bits)
     share = "not measured" if density is None else f"{density:.4f}"
     return (
-        f"budget {config.token_budget}; labels {config.label_channels} x {config.label_bits} bit, "
-        f"{label_bytes(config)} bytes a token and KV head; K/V {config.kv_dtype}; prefetch {config.prefetch}; "
+        f"budget {config.token_budget}; labels {labels}, "
+        f"{row_bytes} bytes a token and KV head; K/V {config.kv_dtype}; prefetch {config.prefetch}; "
         f"mean density {share}"
     )

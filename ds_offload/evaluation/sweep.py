@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ds_offload.config import OffloadConfig, TokenBudget, default_label_channels
+from ds_offload.calibration_file import has_codes
+from ds_offload.config import OffloadConfig, TokenBudget
 from ds_offload.errors import InputError
 from ds_offload.evaluation.perplexity import measure_windows
 from ds_offload.evaluation.result import EvalResult
-from ds_offload.evaluation.subject import EvalSubject, check_sparse, dense_twin, label_bytes
+from ds_offload.evaluation.subject import EvalSubject, check_sparse, dense_twin
 from ds_offload.evaluation.windows import cut_windows, default_positions
+from ds_offload.label_choice import choose_labels
+from ds_offload.label_setting import label_layout, label_name
 from ds_offload.notices import notice
 from ds_offload.prefill import ProgressCallback
 
@@ -27,17 +30,18 @@ class SweepGrid:
 
     Attributes:
         budgets: Values of `token_budget`.
-        labels: Channels and bits of the labels; channels None are 1/16 of a 16-bit key's bytes.
+        labels: Channels and bits of scalar labels; channels None are 1/16 of a 16-bit key's bytes. None for
+            the product code.
         modes: Values of `prefetch`.
     """
 
     budgets: tuple[str, ...]
-    labels: tuple[tuple[int | None, int], ...]
+    labels: tuple[tuple[int | None, int] | None, ...]
     modes: tuple[Any, ...]
 
     @classmethod
     def parse(cls, budgets: str, labels: str, modes: str) -> SweepGrid:
-        """Read "1/8,1/16", "28x2,4" (channels x bits, or bits) and "off,speculative".
+        """Read "1/8,1/16", "product,28x2,4" (channels x bits, or bits) and "off,speculative".
 
         Raises:
             InputError: One of them is empty or has an entry of another kind.
@@ -47,7 +51,7 @@ class SweepGrid:
             raise InputError(f"modes={modes!r} names {wrong!r}; give some of {','.join(MODES)}")
         return cls(
             tuple(str(TokenBudget.parse(entry)) for entry in _entries(budgets, "budgets", "1/8,1/16,1/32")),
-            tuple(_label(entry) for entry in _entries(labels, "labels", "28x2,16x4")),
+            tuple(_label(entry) for entry in _entries(labels, "labels", "product,28x2")),
             _entries(modes, "modes", "off,exact"),
         )
 
@@ -55,21 +59,14 @@ class SweepGrid:
         """`config` at every point of the grid.
 
         Raises:
-            InputError: A label setting that the config refuses, or more channels than `head_dim`.
+            InputError: Labels that such heads or the calibration cannot have.
         """
         made = []
-        for budget, (channels, bits), mode in itertools.product(self.budgets, self.labels, self.modes):
-            if channels is not None and channels > head_dim:
-                raise InputError(f"labels={channels}x{bits} is more than the head's {head_dim} channels; use fewer")
-            made.append(
-                dataclasses.replace(
-                    config,
-                    token_budget=budget,
-                    label_bits=bits,
-                    label_channels=channels if channels is not None else default_label_channels(head_dim, bits),
-                    prefetch=mode,
-                )
-            )
+        for budget, labels, mode in itertools.product(self.budgets, self.labels, self.modes):
+            asked = ("scalar", labels[1], labels[0]) if labels is not None else ("product", None, None)
+            code, bits, channels = choose_labels(*asked, head_dim, has_codes(config.calibration), config.calibration)
+            changes = {"label_code": code, "label_bits": bits, "label_channels": channels}
+            made.append(dataclasses.replace(config, token_budget=budget, prefetch=mode, **changes))
         return made
 
 
@@ -111,9 +108,10 @@ def eval_sweep(
 def _row(config: OffloadConfig, figures: dict[str, Any], density: float, dense_nll: float) -> dict[str, Any]:
     return {
         "token_budget": config.token_budget,
+        "label_code": config.label_code,
         "label_channels": config.label_channels,
         "label_bits": config.label_bits,
-        "label_bytes": label_bytes(config),
+        "label_bytes": label_layout(config).row_bytes,
         "prefetch": config.prefetch,
         "nll": figures["nll"],
         "delta": figures["nll"] - dense_nll,
@@ -123,7 +121,8 @@ def _row(config: OffloadConfig, figures: dict[str, Any], density: float, dense_n
 
 
 def _name(config: OffloadConfig) -> str:
-    return f"budget {config.token_budget}, labels {config.label_channels} x {config.label_bits} bit, {config.prefetch}"
+    labels = label_name(config.label_code, config.label_channels, config.label_bits)
+    return f"budget {config.token_budget}, labels {labels}, {config.prefetch}"
 
 
 def _entries(text: str, field: str, example: str) -> tuple[str, ...]:
@@ -133,10 +132,13 @@ def _entries(text: str, field: str, example: str) -> tuple[str, ...]:
     return tuple(entries)
 
 
-def _label(entry: str) -> tuple[int | None, int]:
+def _label(entry: str) -> tuple[int | None, int] | None:
+    if entry == "product":
+        return None
     match = re.fullmatch(r"(?:([1-9]\d*)x)?(16|8|4|2)", entry)
     if match is None:
         raise InputError(
-            f"labels={entry!r} is no label setting; write channels x bits such as 28x2, or bits alone: 16, 8, 4 or 2"
+            f"labels={entry!r} is no label setting; write product, channels x bits such as 28x2, or bits alone: "
+            "16, 8, 4 or 2"
         )
     return int(match[1]) if match[1] else None, int(match[2])

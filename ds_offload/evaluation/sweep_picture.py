@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ds_offload.bench.report import check_plot
 from ds_offload.evaluation.result import EvalResult
+from ds_offload.label_setting import label_name
 
 _COLUMNS = {
     "token_budget": "budget",
@@ -70,7 +71,7 @@ def save_sweep(result: EvalResult, path: str) -> None:
 
 
 def _labels(row: dict[str, Any]) -> str:
-    return f"{row['label_channels']} x {row['label_bits']} bit"
+    return label_name(row["label_code"], row["label_channels"], row["label_bits"])
 
 
 def _cell(name: str, row: dict[str, Any]) -> str:

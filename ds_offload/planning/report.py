@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_offload.aliases import ALIASES, SHIPPED_MODELS
+from ds_offload.calibration_file import has_codes
 from ds_offload.config import OffloadConfig
 from ds_offload.dtypes import dtype_name
 from ds_offload.families import check_supported
@@ -169,6 +170,7 @@ def resolve_request(source: ModelSource, config: OffloadConfig, batch: int, cuda
         head_dim=shape.head_dim,
         layers=shape.layers,
         trained_context=shape.trained_context,
+        codes=has_codes(config.calibration),
     )
     request = Request(source, resolved, cuda, batch)
     check_supported(source.config, request.context)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ds_offload.config import OffloadConfig
 from ds_offload.dtypes import RowFormat
-from ds_offload.kernels.label_codec import LabelLayout
+from ds_offload.label_setting import label_layout
 from ds_offload.loading import ModelSource
 from ds_offload.memory.plan import CacheShape, MemoryPlan, hot_set_capacity, plan_memory
 from ds_offload.memory.window import AttentionWindow
@@ -146,7 +146,6 @@ def _cache_shape(
     window = AttentionWindow(config.sink_tokens, config.recent_tokens)
     budget = config.budget
     kept = max(window.selected(config.widest_budget.tokens(capacity), capacity) for capacity in capacities)
-    assert config.label_channels is not None, "the config is resolved"
     rows = RowFormat.of(config.kv_dtype, source.dtype, shape.head_dim)
     everything = budget.fraction == 1
     kv_on_device = config.kv_location == "gpu"
@@ -169,7 +168,7 @@ def _cache_shape(
         dtype=source.dtype,
         kv_dtype=rows.dtype,
         layout=rows.layout,
-        labels=LabelLayout(config.label_channels, config.label_bits),
+        labels=label_layout(config),
         window=window,
         most_kept=kept,
         hot_slots=hot_slots,

@@ -18,6 +18,7 @@ from ds_offload.bench.filled_context import FilledRows, filled_context
 from ds_offload.bench.paper_mechanism import TopKSelector
 from ds_offload.bench.selections import ReplayedSelections
 from ds_offload.calibration import Calibration
+from ds_offload.codebooks import random_codes
 from ds_offload.config import OffloadConfig
 from ds_offload.decode import DecodeLoop
 from ds_offload.decoder import DecoderStack
@@ -43,7 +44,9 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 def calibration(loaded: LoadedModel) -> Calibration:
     shape = loaded.source.shape
     ranks = torch.rand(shape.layers, shape.kv_heads, shape.head_dim, generator=torch.Generator().manual_seed(0))
-    return Calibration.rank(ranks, torch.zeros_like(ranks), fingerprint="", tokens=0, text="")
+    return Calibration.rank(
+        ranks, torch.zeros_like(ranks), None, random_codes(*ranks.shape), fingerprint="", tokens=0, text=""
+    )
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,10 @@ def test_select(command: Any) -> None:
 def test_attention(command: Any) -> None:
     result = bench_json(command, "attention", "--samples", "2", *KERNELS["attention"])
     rows = {row["name"]: row for row in result["rows"]}
-    assert len(rows) == 2 * 3
+    codes = ("product code", "12 x 2 bit", "6 x 4 bit")
+    assert len(rows) == 2 * (3 + len(codes))
+    read = [rows[f"batch 3, 300 tokens, label scores, {code}"]["bytes"] for code in codes]
+    assert read == [3 * 2 * 300 * 4] * 3
     sparse, dense, torchs = (
         rows[f"batch 3, 300 tokens, {name}"] for name in ("sparse", "slot attention", "torch SDPA")
     )

@@ -112,8 +112,8 @@ def test_the_shipped_text_is_the_default(command: Callable[..., Any], plain_mode
         (b" \n ", "only white space"),
         (b"GIF89a\0\x01", "binary"),
         (b"caf\xe9 " * 100, "not UTF-8"),
-        (b"A sentence. " * 5, "too short to rank channels on; give a text of at least 64 tokens"),
-        ("文文文文 ".encode() * 4 + b"abcdefghijk", "too short to rank channels on; give a text of at least 64 tokens"),
+        (b"A sentence. " * 5, "too short to fit labels to; give a text of at least 64 tokens"),
+        ("文文文文 ".encode() * 4 + b"abcdefghijk", "too short to fit labels to; give a text of at least 64 tokens"),
     ],
 )
 def test_bad_data_is_refused(
@@ -146,7 +146,7 @@ def test_sixty_four_tokens_are_enough(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "63"], "tokens='63' is too few to rank channels; give at least 64"),
+        (["--tokens", "63"], "tokens='63' is too few to fit labels; give at least 64"),
         (["--tokens", "0"], "tokens='0' must be at least 1"),
         (["--tokens", "4q"], "tokens='4q' is not a size"),
         (["--out", "."], "cannot write .: it is not a regular file"),

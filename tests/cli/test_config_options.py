@@ -16,6 +16,7 @@ from ds_offload.errors import InputError
 VALUES: dict[str, tuple[str, Any]] = {
     "max_context": ("256k", 262144),
     "token_budget": ("1/8", "1/8"),
+    "label_code": ("scalar", "scalar"),
     "label_channels": ("12", 12),
     "label_bits": ("4", 4),
     "sink_tokens": ("8", 8),
@@ -88,6 +89,7 @@ def test_no_dense_layers() -> None:
         ("token_budget", "1.5"),
         ("token_budget", "3/2"),
         ("token_budget", "top-p:2"),
+        ("label_code", "vector"),
         ("label_channels", "0"),
         ("label_channels", "many"),
         ("label_bits", "3"),

@@ -157,7 +157,7 @@ def test_run_names_the_change(refused: Any, ids_model: str) -> None:
     """Where a smaller answer is enough, it says so."""
     prompt = " ".join(["7"] * 100)
     asked = ("--model", ids_model, "--device", "cpu", "--prompt", prompt, "--segment-tokens", "16")
-    asked += ("--max-new-tokens", "400", "--token-budget", "8", "--kv-dtype", "int4")
+    asked += ("--max-new-tokens", "400", "--token-budget", "8", "--kv-dtype", "int4", "--label-bits", "2")
     line = refused("run", *asked, "--host-memory", "1650KiB").err
     assert "500 tokens need" in line and "--ctx" in line and line.rstrip().endswith("makes it fit")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoTokenizer
 
@@ -56,7 +57,7 @@ def test_config_as_resolved(command: Any, ids_model: str) -> None:
     )
     config = result["config"]
     assert (config["token_budget"], config["max_context"], config["kv_dtype"]) == ("8", 256, "fp32")
-    assert config["label_channels"] == 12
+    assert (config["label_code"], config["label_channels"], config["label_bits"]) == ("product", 32, None)
     assert set(config) == set(OffloadConfig().to_dict())
 
 
@@ -204,6 +205,26 @@ def test_a_calibration_of_another_model(
     used = ("run", *CPU, "--prompt", "Call me", "--max-new-tokens", "2", "--calibration", str(file))
     assert command(*used, "--model", plain_model).status == 0
     assert str(file) in refused(*used, "--model", chat_model).err
+
+
+def test_a_calibration_without_codes_gives_scalar_labels_and_is_said(
+    command: Any, refused: Any, plain_model: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.safetensors"
+    assert command("calibrate", *CPU, "--model", plain_model, "--out", str(file)).status == 0
+    tensors = safetensors.torch.load_file(file)
+    with safetensors.safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("code_")}
+    safetensors.torch.save_file(kept, file, metadata | {"version": "2"})
+    used = ("run", *CPU, "--model", plain_model, "--prompt", "Call me", "--max-new-tokens", "2")
+    out = command(*used, "--calibration", str(file), "--json")
+    assert out.status == 0 and f"bit: the calibration {file} has no product codes" in out.err
+    assert json.loads(out.out)["config"]["label_code"] == "scalar"
+    asked = command(*used, "--calibration", str(file), "--label-bits", "4")
+    assert asked.status == 0 and "has no product codes" not in asked.err
+    line = refused(*used, "--calibration", str(file), "--label-code", "product").err
+    assert "label_code='product' needs a calibration with codes" in line and str(file) in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -151,7 +151,7 @@ def test_wrong_input(refused: Any, command: Any, kept: Kept, plain_model: str, t
     other = command("run", *CPU, "--model", plain_model, *session, "--question", "Why?")
     assert other.status == 2 and "is of another model (fingerprint" in other.error_lines[-1]
     bits = command(*run, *session, "--question", "Why?", "--label-bits", "8")
-    assert bits.status == 2 and "label_bits (2, here 8)" in bits.error_lines[-1]
+    assert bits.status == 2 and "label_code (product, here scalar)" in bits.error_lines[-1]
 
 
 def test_a_session_that_cannot_be_saved_answers_all_the_same(

@@ -19,11 +19,15 @@ MakeSubject = Callable[..., EvalSubject]
 
 
 def test_a_grid_is_read() -> None:
-    grid = SweepGrid.parse("1/8, 64", "28x2,4", "off,speculative")
-    assert grid == SweepGrid(("1/8", "64"), ((28, 2), (None, 4)), ("off", "speculative"))
+    grid = SweepGrid.parse("1/8, 64", "28x2,4,product", "off,speculative")
+    assert grid == SweepGrid(("1/8", "64"), ((28, 2), (None, 4), None), ("off", "speculative"))
     configs = grid.configs(OffloadConfig(label_channels=28), 64)
-    assert len(configs) == 8
-    assert {(config.label_channels, config.label_bits) for config in configs} == {(28, 2), (14, 4)}
+    assert len(configs) == 12
+    labels = {(config.label_code, config.label_channels, config.label_bits) for config in configs}
+    assert labels == {("scalar", 28, 2), ("scalar", 14, 4), ("product", 64, None)}
+    for head_dim, words in ((24, "label_channels=28 is more than the head's 24"), (30, "a multiple of 4 channels")):
+        with pytest.raises(InputError, match=words):
+            grid.configs(OffloadConfig(), head_dim)
 
 
 @pytest.mark.parametrize(
@@ -42,11 +46,13 @@ def test_a_wrong_grid_is_refused(budgets: str, labels: str, modes: str, words: s
 
 
 def test_every_point_is_what_ppl_measures(subject_of: MakeSubject, text: str, tmp_path: Path) -> None:
-    result = eval_sweep(subject_of(), SweepGrid.parse("1/4,1/16", "2,8", "off"), {"text": text}, 12, 1)
+    result = eval_sweep(subject_of(), SweepGrid.parse("1/4,1/16", "product,8", "off"), {"text": text}, 12, 1)
     rows = result.options["rows"]
     assert len(rows) == 4
     for row in rows:
-        changes = {name: row[name] for name in ("token_budget", "label_bits", "label_channels", "prefetch")}
+        changes = {
+            name: row[name] for name in ("token_budget", "label_code", "label_bits", "label_channels", "prefetch")
+        }
         alone = eval_perplexity(subject_of(**changes), {"text": text}, 12, 1)
         assert (row["nll"], row["mean_density"]) == (alone.sparse["nll"], alone.density)
         assert row["delta"] == pytest.approx(alone.delta)
@@ -61,5 +67,5 @@ def test_every_point_is_what_ppl_measures(subject_of: MakeSubject, text: str, tm
 
 
 def test_more_channels_than_the_head_has_are_refused(subject_of: MakeSubject, text: str) -> None:
-    with pytest.raises(InputError, match="labels=64x2"):
+    with pytest.raises(InputError, match="label_channels=64 is more than the head's 16"):
         eval_sweep(subject_of(), SweepGrid.parse("1/8", "64x2", "off"), {"text": text}, 12, 1)

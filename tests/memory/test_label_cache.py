@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from product_cases import product_code
 
 from ds_offload.kernels.label_codec import LabelLayout, decode_labels
+from ds_offload.kernels.product_code import decode_product, encode_product_reference
 from ds_offload.memory.label_cache import LabelCache
+from ds_offload.memory.label_code import ProductLabels, ScalarLabels
 
 HEADS, DIM, LAYERS = 2, 16, 3
 
@@ -16,15 +19,20 @@ def make(capacities: list[int], layout: LabelLayout) -> tuple[LabelCache, torch.
     channels = torch.stack([torch.randperm(DIM, generator=generator) for _ in range(LAYERS * HEADS)])
     channels = channels.view(LAYERS, HEADS, DIM)
     mean = torch.randn(LAYERS, HEADS, DIM, generator=generator)
-    return LabelCache(layout, channels, mean, capacities, torch.device("cpu")), channels, mean
+    code = ScalarLabels(layout, channels, mean, torch.device("cpu"))
+    return LabelCache(code, capacities, torch.device("cpu")), channels, mean
 
 
-def test_a_prompt_in_pieces_equals_a_whole_one_and_stays_in_its_layer() -> None:
-    layout = LabelLayout(10, 2)
+def make_product(capacities: list[int]) -> LabelCache:
+    code = ProductLabels(product_code(LAYERS, HEADS, head_dim=DIM), torch.device("cpu"))
+    return LabelCache(code, capacities, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("product", [False, True])
+def test_a_prompt_in_pieces_equals_a_whole_one_and_stays_in_its_layer(product: bool) -> None:
     capacities = [13, 7]
     keys = torch.randn(2, HEADS, 13, DIM, generator=torch.Generator().manual_seed(1))
-    whole, _, _ = make(capacities, layout)
-    pieces, _, _ = make(capacities, layout)
+    whole, pieces = (make_product(capacities) if product else make(capacities, LabelLayout(10, 2))[0] for _ in range(2))
     for number, capacity in enumerate(capacities):
         whole.write_prompt(1, number, 0, keys[number, :, :capacity])
         pieces.write_prompt(1, number, 0, keys[number, :, :5])
@@ -33,9 +41,14 @@ def test_a_prompt_in_pieces_equals_a_whole_one_and_stays_in_its_layer() -> None:
     assert not whole.rows[0].any() and not whole.rows[2].any()
 
 
-def test_labels_can_be_made_again_from_stored_keys() -> None:
-    keys = torch.randn(HEADS, 13, DIM, generator=torch.Generator().manual_seed(1))
-    first, again, exact = (make([13], LabelLayout(12, 8))[0] for _ in range(3))
+@pytest.mark.parametrize("product", [False, True])
+def test_labels_can_be_made_again_from_stored_keys(product: bool) -> None:
+    # Of many keys a few lie between two words.
+    tokens = 4000 if product else 13
+    keys = torch.randn(HEADS, tokens, DIM, generator=torch.Generator().manual_seed(1))
+    first, again, exact = (
+        make_product([tokens]) if product else make([tokens], LabelLayout(12, 8))[0] for _ in range(3)
+    )
     first.write_prompt(1, 0, 0, keys, torch.bfloat16)
     again.write_prompt(1, 0, 0, keys.bfloat16(), torch.bfloat16)
     exact.write_prompt(1, 0, 0, keys)
@@ -81,3 +94,23 @@ def test_one_query_head_per_kv_head_gives_scores_or_weights(bits: int) -> None:
     weights = cache.scores(0, query, lengths, 40, 0.5, weights=True)
     torch.testing.assert_close(weights[0], scores[0].softmax(-1))
     assert (weights[1] == 0).all()
+
+
+def test_product_labels_are_those_of_the_keys_and_scores_use_their_layers_code() -> None:
+    cache = make_product([40])
+    keys = torch.randn(HEADS, 40, DIM)
+    cache.write_prompt(2, 0, 0, keys)
+    code = product_code(LAYERS, HEADS, head_dim=DIM).layer(2)
+    expected = torch.zeros_like(cache.rows[2])
+    encode_product_reference(keys, code, expected)
+    assert torch.equal(cache.rows[2], expected)
+    query = torch.randn(1, 4, DIM)
+    scores = cache.scores(2, query, torch.tensor([33]), 40, 0.5)
+    decoded = decode_product(expected, code).repeat_interleave(2, 0)
+    exact = 0.5 * torch.einsum("hr,htr->ht", query[0], decoded)
+    weights = exact[:, :33].softmax(-1).unflatten(0, (HEADS, 2)).sum(1)
+    torch.testing.assert_close(scores[0, :, :33], weights, rtol=0.1, atol=1e-3)
+    assert (scores[0, :, 33:] == 0).all()
+    layer = cache.layer(1)
+    assert layer.rows.data_ptr() == cache.rows[1].data_ptr()
+    assert torch.equal(layer.code.words, product_code(LAYERS, HEADS, head_dim=DIM).words[1])

@@ -12,6 +12,7 @@ import torch
 
 from ds_offload.kernels.kv_codec import RowLayout
 from ds_offload.kernels.label_codec import LabelLayout
+from ds_offload.kernels.product_code import ProductLayout
 from ds_offload.memory.plan import CUDA_RESERVE_BYTES, CacheShape, hot_set_capacity, plan_memory
 from ds_offload.memory.window import AttentionWindow
 from ds_offload.memory.workspace import (
@@ -70,6 +71,18 @@ def test_a_long_context_of_llama_2_7b() -> None:
     assert plan.gpu_tensors == 1000 + plan.labels + plan.hot_set + plan.buffers + max(plan.prefill, plan.decode)
     kept = tokens * (2 * (4096 + 4096 + 4 * 4096 + 256) + 8)
     assert plan.prefill == kept + CHUNK_BYTES + 8 * 4096 * 32 * 60
+
+
+def test_product_codes_are_counted_with_their_labels_and_prompts_need_no_copy_for_them() -> None:
+    tokens, scalar, product = 1 << 17, cache_shape(), cache_shape(labels=ProductLayout(128))
+    plan = plan_memory(product, weights=1000)
+    assert plan.labels == 32 * 32 * (tokens * 16 + 4 * (128 + 2 * 128**2 + 16 * 128))
+    assert plan_memory(cache_shape(labels=ProductLayout(128), cuda=False), 0).labels == 32 * 32 * tokens * 16
+    assert prefill_bytes(scalar) - prefill_bytes(product) == 8 * 4096 * 32 * 60
+    grouped = [cache_shape(heads=64, kv_heads=16, labels=labels) for labels in (LabelLayout(60, 2), ProductLayout(128))]
+    # Of each query head 16 bits a token, and its share of a table.
+    more = decode_bytes(grouped[1]) - decode_bytes(grouped[0])
+    assert 0 < more <= 64 * tokens * 2 + 64 * 32 * 64
 
 
 def test_what_other_streams_read_stays_until_a_graph_is_captured() -> None:
@@ -163,7 +176,7 @@ def test_a_longer_context_never_takes_less(seed: int) -> None:
         "predicted": draw.random() < 0.3,
         "top_p": draw.random() < 0.3,
         "kv_on_device": draw.random() < 0.3,
-        "labels": draw.choice((LabelLayout(60, 2), LabelLayout(8, 16), LabelLayout(20, 8))),
+        "labels": draw.choice((LabelLayout(60, 2), LabelLayout(8, 16), LabelLayout(20, 8), ProductLayout(128))),
         "kv_dtype": draw.choice((torch.bfloat16, torch.float32)),
     }
     hot_set, looks_ahead = draw.choice((0, 1, 2, 4)), draw.random() < 0.5

@@ -7,6 +7,7 @@ import torch
 
 from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.memory.label_cache import LabelCache
+from ds_offload.memory.label_code import ScalarLabels
 from ds_offload.memory.window import AttentionWindow
 from ds_offload.prefetch.selection import Selector, Step
 
@@ -17,7 +18,9 @@ def make_labels(lengths: list[int], kv_heads: int, seed: int = 0) -> tuple[Label
     generator = torch.Generator().manual_seed(seed)
     channels = torch.arange(HEAD_DIM).expand(1, kv_heads, HEAD_DIM)
     mean = torch.zeros(1, kv_heads, HEAD_DIM)
-    labels = LabelCache(LabelLayout(HEAD_DIM, 16), channels, mean, lengths, torch.device("cpu"))
+    labels = LabelCache(
+        ScalarLabels(LabelLayout(HEAD_DIM, 16), channels, mean, torch.device("cpu")), lengths, torch.device("cpu")
+    )
     keys = [torch.randn(kv_heads, length, HEAD_DIM, generator=generator).half().float() for length in lengths]
     for number, key in enumerate(keys):
         labels.write_prompt(0, number, 0, key)
