@@ -9,7 +9,7 @@ from ds_offload.kernels.coded_attention import coded_attention_launch
 from ds_offload.kernels.kv_codec import REFERENCE_ROWS
 from ds_offload.kernels.label_scores import REFERENCE_BLOCK
 from ds_offload.kernels.label_scores_launch import scores_launch
-from ds_offload.kernels.select import select_scratch_bytes
+from ds_offload.kernels.select_launch import select_scratch_bytes
 from ds_offload.kernels.slot_attention_launch import slot_attention_launch
 
 if TYPE_CHECKING:
