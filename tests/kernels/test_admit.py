@@ -142,7 +142,7 @@ def test_slots_follow_a_plain_model(
             assert result.missing_places[b, h, : len(missing)].tolist() == targets
             for value, plain in zip((state.page, state.tokens, state.selected), row.state(context), strict=True):
                 assert value[b, h].tolist() == plain
-            taken, listed, listed_at, _ = state.marks[b, h].tolist()
+            taken, listed, listed_at = state.marks[b, h, :3].tolist()
             assert (state.queue[b, h, taken:listed].tolist(), listed_at) == (row.queue, row.listed_at)
             counted = gained if attended else [gained[0], 0, 0, 0]
             expected_counts[n] = [a + g for a, g in zip(expected_counts[n], counted, strict=True)]

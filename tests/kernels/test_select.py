@@ -117,7 +117,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             + [
                 (launch, kind)
                 for launch in (*narrow_launches(), *part_launches(apart=True))
-                for kind in ("normal", "few", "extreme")
+                for kind in (("normal",) if "in two" in launch else ("normal", "few", "extreme"))
                 if "usual" not in launch
             ],
         )
