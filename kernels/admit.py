@@ -24,22 +24,24 @@ class AdmitLaunch:
         warps: Warps of a program.
     """
 
-    part: int = 1024
+    part: int = 2048
     tile: int = 1024
     list_tile: int = 8192
     bins: int = 128
     warps: int = 16
 
 
-def admit_launch(kept: int) -> AdmitLaunch:
-    """The launch for rows of `kept` tokens.
+def admit_launch(rows: int, kept: int) -> AdmitLaunch:
+    """The launch for `rows` rows of `kept` tokens.
 
-    Looking up is scattered reads, of which one multiprocessor does few: 1,024 tokens a
-    program. What follows is left to one program a row, but is about the missing tokens
-    alone, and now and then about the queue. Slots that leave were last selected within few
-    admissions of one another, so 128 stamps nearly always hold them all.
+    Looking up is scattered reads, of which one multiprocessor does few, and a program's
+    registers fill one: about 128 programs, of 512 to 2,048 tokens. What follows is left
+    to one program a row, but is about the missing tokens alone, and now and then about
+    the queue. Slots that leave were last selected within few admissions of one another,
+    so 128 stamps nearly always hold them all.
     """
-    return AdmitLaunch(part=min(1024, max(128, power_of_two(kept))))
+    share = power_of_two(-(-rows * kept // 128))
+    return AdmitLaunch(part=min(2048, max(512, share), max(128, power_of_two(kept))))
 
 
 def admit_tokens(
@@ -112,7 +114,7 @@ def _launch(
     rows, kept, capacity = result.moved.numel(), tokens.shape[2], state.tokens.shape[2]
     if rows == 0:
         return
-    launch = admit_launch(kept)
+    launch = admit_launch(rows, kept)
     parts = max(1, -(-kept // launch.part))
     tokens = tokens.contiguous()
     scratch = torch.empty(2, rows, parts * launch.part, dtype=torch.int32, device=tokens.device)

@@ -234,8 +234,8 @@ def admit_kernel(
                 gained = tl.where(kind == 1, wanted_all, gained)
                 gained = tl.where(kind == 2, wanted_all - misses, gained)
                 gained = tl.where(kind == 3, again, gained)
-            counts += row * 4 + kind
-            tl.store(counts, tl.load(counts) + gained)
+            totals = counts + (row * 4 + kind)
+            tl.store(totals, tl.load(totals) + gained)
         if misses > 0:
             _settle(
                 *(page, held + row * capacity, selected, queue + row * capacity, marks, tokens, now, places),

@@ -224,8 +224,9 @@ def test_wrong_arguments_are_named(admit: Callable[..., AdmitResult], change: di
 
 
 @pytest.mark.parametrize("kept", [0, 1, 96, 512, 1024, 7500, 16384, 10**6])
-def test_launch_fits_the_kernels(kept: int) -> None:
-    launch = admit_launch(kept)
+@pytest.mark.parametrize("rows", [1, 8, 32, 300])
+def test_launch_fits_the_kernels(rows: int, kept: int) -> None:
+    launch = admit_launch(rows, kept)
     for value in (launch.part, launch.tile, launch.list_tile, launch.bins, launch.warps):
         assert value > 0 and value & (value - 1) == 0
     # The kernel packs two counts of a tile into one number.
