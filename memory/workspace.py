@@ -12,7 +12,7 @@ from ds_offload.kernels.label_scores import REFERENCE_BLOCK
 from ds_offload.kernels.label_scores_launch import scores_launch
 from ds_offload.kernels.product_code import PART, REFERENCE_TOKENS, WORDS
 from ds_offload.kernels.product_scores_launch import weights_bytes
-from ds_offload.kernels.select import select_scratch_bytes
+from ds_offload.kernels.select_launch import select_scratch_bytes
 from ds_offload.kernels.slot_attention_launch import slot_attention_launch
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ds_offload.kernels.select import select_launch
+from ds_offload.kernels.select_launch import select_launch
 from ds_offload.loading import ModelSource
 from ds_offload.memory.plan import CacheShape
 from ds_offload.planning.request import Request, active_experts, weight_bytes
