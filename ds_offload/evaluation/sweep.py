@@ -63,9 +63,16 @@ class SweepGrid:
         """
         made = []
         for budget, labels, mode in itertools.product(self.budgets, self.labels, self.modes):
-            asked = ("scalar", labels[1], labels[0]) if labels is not None else ("product", None, None)
-            code, bits, channels = choose_labels(*asked, head_dim, has_codes(config.calibration), config.calibration)
-            changes = {"label_code": code, "label_bits": bits, "label_channels": channels}
+            wanted, bits = labels or (None, None)
+            code, bits, channels = choose_labels(
+                "product" if labels is None else "scalar",
+                bits,
+                wanted,
+                head_dim,
+                has_codes(config.calibration),
+                config.calibration,
+            )
+            changes: dict[str, Any] = {"label_code": code, "label_bits": bits, "label_channels": channels}
             made.append(dataclasses.replace(config, token_budget=budget, prefetch=mode, **changes))
         return made
 
