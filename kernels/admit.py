@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_offload.kernels.admit_kernels import admit_kernel
+from ds_offload.kernels.admit_kernels import look_up_kernel, settle_kernel
 from ds_offload.kernels.admit_state import NONE, AdmitResult, AdmitState, check_admit, listed_slots, result_for
 from ds_offload.kernels.triton_runtime import launching, power_of_two
 
@@ -21,27 +21,26 @@ class AdmitLaunch:
         tile: Missing tokens, and entries of the queue, that one program handles at a time.
         list_tile: Slots it looks at at a time when it lists the queue anew.
         bins: Stamps counted at a time.
-        warps: Warps of a program.
+        warps, settle_warps: Warps of a program that looks up, and of one that settles.
     """
 
-    part: int = 2048
+    part: int = 1024
     tile: int = 1024
     list_tile: int = 8192
     bins: int = 128
-    warps: int = 16
+    warps: int = 8
+    settle_warps: int = 16
 
 
-def admit_launch(rows: int, kept: int) -> AdmitLaunch:
-    """The launch for `rows` rows of `kept` tokens.
+def admit_launch(kept: int) -> AdmitLaunch:
+    """The launch for rows of `kept` tokens.
 
-    Looking up is scattered reads, of which one multiprocessor does few, and a program's
-    registers fill one: about 128 programs, of 512 to 2,048 tokens. What follows is left
-    to one program a row, but is about the missing tokens alone, and now and then about
-    the queue. Slots that leave were last selected within few admissions of one another,
-    so 128 stamps nearly always hold them all.
+    Looking up is scattered reads, of which one multiprocessor does few: 1,024 tokens a
+    program. What follows has one program a row, but is about the missing tokens alone,
+    and now and then about the queue. Slots that leave were last selected within few
+    admissions of one another, so 128 stamps nearly always hold them all.
     """
-    share = power_of_two(-(-rows * kept // 128))
-    return AdmitLaunch(part=min(2048, max(512, share), max(128, power_of_two(kept))))
+    return AdmitLaunch(part=min(1024, max(128, power_of_two(kept))))
 
 
 def admit_tokens(
@@ -63,7 +62,7 @@ def admit_tokens(
     select and whose (stamp of the last selection, slot number) is lowest, empty ones first,
     as many as are missing but at least `listed_slots`; those below the highest of their
     stamps by slot number, then those at it. Every selected slot is stamped `clock`. On CUDA
-    this is one launch, which waits for nothing and may be captured in a graph.
+    these are two launches, which wait for nothing and may be captured in a graph.
 
     Args:
         state: Changed in place.
@@ -114,17 +113,24 @@ def _launch(
     rows, kept, capacity = result.moved.numel(), tokens.shape[2], state.tokens.shape[2]
     if rows == 0:
         return
-    launch = admit_launch(rows, kept)
+    launch = admit_launch(kept)
     parts = max(1, -(-kept // launch.part))
     tokens = tokens.contiguous()
     scratch = torch.empty(2, rows, parts * launch.part, dtype=torch.int32, device=tokens.device)
     sums = torch.empty(rows, 3, parts, dtype=torch.int32, device=tokens.device)
-    admit_kernel[(parts, rows)](
-        *(state.page, state.tokens, state.selected, state.queue, state.marks, tokens, clock, recent),
+    places_stride = result.places.stride(1)
+    look_up_kernel[(parts, rows)](
+        *(state.page, state.selected, tokens, clock, recent, result.places, scratch, sums),
+        *(places_stride, state.page.shape[2], capacity, kept, first_place),
+        PART=launch.part,
+        num_warps=launch.warps,
+    )
+    settle_kernel[(rows,)](
+        *(state.page, state.tokens, state.selected, state.queue, state.marks, tokens, clock),
         *(result.places, result.missing, result.missing_places, result.moved),
         counts if counts is not None else result.moved,
-        *(scratch[0], scratch[1], sums, result.places.stride(1), state.page.shape[2], capacity, kept, first_place),
-        listed_slots(capacity),
+        *(scratch[0], scratch[1], sums, places_stride, state.page.shape[2], capacity, kept, first_place),
+        *(listed_slots(capacity), parts),
         COUNTED=counts is not None,
         ATTENDED=attended,
         PART=launch.part,
@@ -132,7 +138,7 @@ def _launch(
         TILE=launch.tile,
         LIST_TILE=launch.list_tile,
         BINS=launch.bins,
-        num_warps=launch.warps,
+        num_warps=launch.settle_warps,
     )
 
 
@@ -179,7 +185,7 @@ def admit_tokens_reference(
 
 def _take_slots(selected: Tensor, queue: Tensor, marks: Tensor, count: int, hits: int, now: int) -> Tensor:
     """The next `count` slots to give away, from the queue or from a new one."""
-    taken, listed, listed_at = marks[:3].tolist()
+    taken, listed, listed_at, _ = marks.tolist()
     entries = queue[taken:listed].long()
     usable = (selected[entries] < listed_at).nonzero().flatten()
     if len(usable) < count:
@@ -190,7 +196,7 @@ def _take_slots(selected: Tensor, queue: Tensor, marks: Tensor, count: int, hits
         entries = torch.cat((entries[~at_highest].sort().values, entries[at_highest]))
         queue[:length] = entries.int()
         taken, usable = 0, torch.arange(length)
-        marks[:4].copy_(torch.tensor([0, length, now, int(highest)]))
+        marks.copy_(torch.tensor([0, length, now, int(highest)]))
     if count:
         marks[0] = taken + int(usable[count - 1]) + 1
     return entries[usable[:count]]

@@ -1,12 +1,54 @@
-"""The Triton kernel of the admission (kernels/admit.py): every token looked up, then the missing ones settled.
-
-Several programs look up a row's tokens. The one that is done last settles what is missing, and reads what the others
-wrote past its own cache.
-"""
+"""The Triton kernels of the admission (kernels/admit.py): every token looked up, then the missing ones settled."""
 
 from __future__ import annotations
 
 from ds_offload.kernels.triton_runtime import jit, tl
+
+
+@jit(do_not_specialize=["places_stride", "context", "capacity", "kept", "first_place"])
+def look_up_kernel(
+    page,
+    selected,
+    tokens,
+    clock,
+    recent,
+    places,
+    missed,
+    sums,
+    places_stride,
+    context,
+    capacity,
+    kept,
+    first_place,
+    PART: tl.constexpr,
+):
+    """One program looks up one part of a row's tokens and stamps the slots of those found.
+
+    missed[row, part * PART:]: indices of the part's missing tokens, ascending.
+    sums[row, :, part]: missing, all, and recently selected tokens.
+    """
+    part = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    page += row * context
+    selected += row * capacity
+    i = part * PART + tl.arange(0, PART)
+    token = tl.load(tokens + row * kept + i, mask=i < kept, other=-1)
+    wanted = (token >= 0) & (token < context)
+    slot = tl.load(page + token, mask=wanted, other=-1).to(tl.int32)
+    hit = wanted & (slot >= 0)
+    now = tl.load(clock)
+    stamp = tl.load(selected + slot, mask=hit, other=0)
+    tl.store(selected + slot, now, mask=hit)
+    # Misses get their places when they are settled.
+    tl.store(places + row * places_stride + i, tl.where(hit, slot + first_place, -1).to(tl.int64), mask=i < kept)
+    miss = wanted & (slot < 0)
+    ones = miss.to(tl.int32)
+    rank = tl.cumsum(ones, 0) - ones
+    tl.store(missed + (row * tl.num_programs(0) + part) * PART + rank, i, mask=miss)
+    sums += row * 3 * tl.num_programs(0) + part
+    tl.store(sums, tl.sum(ones, 0))
+    tl.store(sums + tl.num_programs(0), tl.sum(wanted.to(tl.int32), 0))
+    tl.store(sums + 2 * tl.num_programs(0), tl.sum((hit & (stamp >= tl.load(recent))).to(tl.int32), 0))
 
 
 @jit
@@ -21,7 +63,7 @@ def _list_slots(selected, queue, marks, length, now, capacity, BINS: tl.constexp
     histogram = tl.zeros([BINS], tl.int32)
     for first in range(0, capacity, TILE):
         inside = first + lane < capacity
-        age = tl.load(selected + first + lane, mask=inside, other=now, cache_modifier=".cg") - base
+        age = tl.load(selected + first + lane, mask=inside, other=now) - base
         lower += (inside & (age < 0)).to(tl.int32)
         # Whatever is outside the counted range falls into the last bin.
         counted = inside & (age >= 0) & (age < BINS - 1)
@@ -34,9 +76,8 @@ def _list_slots(selected, queue, marks, length, now, capacity, BINS: tl.constexp
         base += BINS - 1
         histogram = tl.zeros([BINS], tl.int32)
         for first in range(0, capacity, TILE):
-            inside = first + lane < capacity
-            age = tl.load(selected + first + lane, mask=inside, other=now, cache_modifier=".cg") - base
-            counted = inside & (age >= 0) & (age < BINS - 1)
+            age = tl.load(selected + first + lane, mask=first + lane < capacity, other=now) - base
+            counted = (first + lane < capacity) & (age >= 0) & (age < BINS - 1)
             histogram += tl.histogram(tl.where(counted, age, BINS - 1), BINS)
         slots_at = tl.where(each < BINS - 1, histogram, 0)
     reach = below + tl.cumsum(slots_at, 0)
@@ -50,7 +91,7 @@ def _list_slots(selected, queue, marks, length, now, capacity, BINS: tl.constexp
     equal_before = below
     for first in range(0, capacity, TILE):
         slot = first + lane
-        stamp = tl.load(selected + slot, mask=slot < capacity, other=now, cache_modifier=".cg")
+        stamp = tl.load(selected + slot, mask=slot < capacity, other=now)
         less = stamp < threshold
         equal = stamp == threshold
         # Both counts of a tile fit one number: the scan is the dearest part.
@@ -76,7 +117,7 @@ def _pop_slots(selected, queue, marks, victims, misses, now, TILE: tl.constexpr)
     while (found < misses) & (front < listed):
         i = front + lane
         slot = tl.load(queue + i, mask=i < listed, other=0)
-        stamp = tl.load(selected + slot, mask=i < listed, other=now, cache_modifier=".cg")
+        stamp = tl.load(selected + slot, mask=i < listed, other=now)
         usable = (i < listed) & (stamp < listed_at)
         ones = usable.to(tl.int32)
         rank = found + tl.cumsum(ones, 0) - ones
@@ -90,70 +131,8 @@ def _pop_slots(selected, queue, marks, victims, misses, now, TILE: tl.constexpr)
     return found
 
 
-@jit
-def _settle(
-    page,
-    held,
-    selected,
-    queue,
-    marks,
-    tokens,
-    now,
-    places,
-    missing,
-    missing_places,
-    missed,
-    victims,
-    some,
-    misses,
-    hits,
-    capacity,
-    first_place,
-    listed_least,
-    parts,
-    PART: tl.constexpr,
-    PARTS_PAD: tl.constexpr,
-    TILE: tl.constexpr,
-    LIST_TILE: tl.constexpr,
-    BINS: tl.constexpr,
-):
-    """Give a row's missing tokens their slots; `some` [PARTS_PAD] are missing in each part. Threads exchange data."""
-    each = tl.arange(0, PARTS_PAD)
-    if _pop_slots(selected, queue, marks, victims, misses, now, TILE) < misses:
-        # Too few are left: list anew. Every thread has read the old marks.
-        tl.debug_barrier()
-        length = tl.minimum(tl.maximum(misses, listed_least), capacity - hits)
-        _list_slots(selected, queue, marks, length, now, capacity, BINS, LIST_TILE)
-        tl.store(marks, 0)
-        tl.store(marks + 1, length)
-        tl.store(marks + 2, now)
-        tl.debug_barrier()
-        _pop_slots(selected, queue, marks, victims, misses, now, TILE)
-    tl.debug_barrier()
-    ends = tl.cumsum(some, 0)
-    for first in range(0, misses, TILE):
-        i = first + tl.arange(0, TILE)
-        live = i < misses
-        # The part that lists the i-th missing token, and the missing tokens of the parts before it.
-        before = (ends[None, :] <= i[:, None]) & (each < parts)[None, :]
-        part = tl.sum(before.to(tl.int32), 1)
-        rank = i - tl.sum(tl.where(before, some[None, :], 0), 1)
-        index = tl.load(missed + part * PART + rank, mask=live, other=0, cache_modifier=".cg")
-        token = tl.load(tokens + index, mask=live, other=0)
-        slot = tl.load(victims + i, mask=live, other=0)
-        left = tl.load(held + slot, mask=live, other=-1)
-        place = (slot + first_place).to(tl.int64)
-        tl.store(page + left, -1, mask=live & (left >= 0))
-        tl.store(page + token, slot, mask=live)
-        tl.store(held + slot, token.to(tl.int32), mask=live)
-        tl.store(selected + slot, now, mask=live)
-        tl.store(missing + i, token, mask=live)
-        tl.store(missing_places + i, place, mask=live)
-        tl.store(places + index, place, mask=live)
-
-
-@jit(do_not_specialize=["places_stride", "context", "capacity", "kept", "first_place", "listed_least"])
-def admit_kernel(
+@jit(do_not_specialize=["places_stride", "context", "capacity", "kept", "first_place", "listed_least", "parts"])
+def settle_kernel(
     page,
     held,
     selected,
@@ -161,7 +140,6 @@ def admit_kernel(
     marks,
     tokens,
     clock,
-    recent,
     places,
     missing,
     missing_places,
@@ -176,6 +154,7 @@ def admit_kernel(
     kept,
     first_place,
     listed_least,
+    parts,
     COUNTED: tl.constexpr,
     ATTENDED: tl.constexpr,
     PART: tl.constexpr,
@@ -184,62 +163,64 @@ def admit_kernel(
     LIST_TILE: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """One program looks up one part of a row's tokens and stamps the slots of those found; the last one settles.
-
-    missed[row, part * PART:]: indices of the part's missing tokens, ascending.
-    sums[row, :, part]: missing, all, and recently selected tokens.
-    """
-    part = tl.program_id(0)
-    parts = tl.num_programs(0)
-    row = tl.program_id(1).to(tl.int64)
+    """One program gives the missing tokens of one row their slots. Its threads exchange data through memory."""
+    row = tl.program_id(0).to(tl.int64)
     page += row * context
+    held += row * capacity
     selected += row * capacity
-    marks += row * 5
+    queue += row * capacity
+    marks += row * 4
     tokens += row * kept
     places += row * places_stride
+    missing += row * kept
+    missing_places += row * kept
     missed += row * parts * PART
-    sums += row * 3 * parts
-    i = part * PART + tl.arange(0, PART)
-    token = tl.load(tokens + i, mask=i < kept, other=-1)
-    wanted = (token >= 0) & (token < context)
-    slot = tl.load(page + token, mask=wanted, other=-1).to(tl.int32)
-    hit = wanted & (slot >= 0)
+    victims += row * parts * PART
     now = tl.load(clock)
-    stamp = tl.load(selected + slot, mask=hit, other=0)
-    tl.store(selected + slot, now, mask=hit)
-    # Misses get their places when they are settled.
-    tl.store(places + i, tl.where(hit, slot + first_place, -1).to(tl.int64), mask=i < kept)
-    miss = wanted & (slot < 0)
-    ones = miss.to(tl.int32)
-    rank = tl.cumsum(ones, 0) - ones
-    tl.store(missed + part * PART + rank, i, mask=miss)
-    tl.store(sums + part, tl.sum(ones, 0))
-    tl.store(sums + parts + part, tl.sum(wanted.to(tl.int32), 0))
-    tl.store(sums + 2 * parts + part, tl.sum((hit & (stamp >= tl.load(recent))).to(tl.int32), 0))
+    each = tl.arange(0, PARTS_PAD)
+    sums += row * 3 * parts + each
+    some = tl.load(sums, mask=each < parts, other=0)
+    wanted = tl.sum(tl.load(sums + parts, mask=each < parts, other=0), 0)
+    misses = tl.sum(some, 0)
+    tl.store(moved + row, misses)
+    if COUNTED:
+        counts += row * 4
+        tl.store(counts, tl.load(counts) + misses)
+        if ATTENDED:
+            again = tl.sum(tl.load(sums + 2 * parts, mask=each < parts, other=0), 0)
+            tl.store(counts + 1, tl.load(counts + 1) + wanted)
+            tl.store(counts + 2, tl.load(counts + 2) + wanted - misses)
+            tl.store(counts + 3, tl.load(counts + 3) + again)
 
-    # Behind the barrier everything above is written; behind the count, everything of those that counted before.
-    tl.debug_barrier()
-    if tl.atomic_add(marks + 4, 1, sem="acq_rel") == parts - 1:
-        tl.store(marks + 4, 0)
-        each = tl.arange(0, PARTS_PAD)
-        some = tl.load(sums + each, mask=each < parts, other=0, cache_modifier=".cg")
-        misses = tl.sum(some, 0)
-        wanted_all = tl.sum(tl.load(sums + parts + each, mask=each < parts, other=0, cache_modifier=".cg"), 0)
-        tl.store(moved + row, misses)
-        if COUNTED:
-            again = tl.sum(tl.load(sums + 2 * parts + each, mask=each < parts, other=0, cache_modifier=".cg"), 0)
-            kind = tl.arange(0, 4)
-            gained = tl.where(kind == 0, misses, 0)
-            if ATTENDED:
-                gained = tl.where(kind == 1, wanted_all, gained)
-                gained = tl.where(kind == 2, wanted_all - misses, gained)
-                gained = tl.where(kind == 3, again, gained)
-            totals = counts + (row * 4 + kind)
-            tl.store(totals, tl.load(totals) + gained)
-        if misses > 0:
-            _settle(
-                *(page, held + row * capacity, selected, queue + row * capacity, marks, tokens, now, places),
-                *(missing + row * kept, missing_places + row * kept, missed, victims + row * parts * PART),
-                *(some, misses, wanted_all - misses, capacity, first_place, listed_least, parts),
-                *(PART, PARTS_PAD, TILE, LIST_TILE, BINS),
-            )
+    if misses > 0:
+        if _pop_slots(selected, queue, marks, victims, misses, now, TILE) < misses:
+            # Too few are left: list anew. Every thread has read the old marks.
+            tl.debug_barrier()
+            length = tl.minimum(tl.maximum(misses, listed_least), capacity - (wanted - misses))
+            _list_slots(selected, queue, marks, length, now, capacity, BINS, LIST_TILE)
+            tl.store(marks, 0)
+            tl.store(marks + 1, length)
+            tl.store(marks + 2, now)
+            tl.debug_barrier()
+            _pop_slots(selected, queue, marks, victims, misses, now, TILE)
+        tl.debug_barrier()
+        ends = tl.cumsum(some, 0)
+        for first in range(0, misses, TILE):
+            i = first + tl.arange(0, TILE)
+            live = i < misses
+            # The part that lists the i-th missing token, and the missing tokens of the parts before it.
+            before = (ends[None, :] <= i[:, None]) & (each < parts)[None, :]
+            part = tl.sum(before.to(tl.int32), 1)
+            rank = i - tl.sum(tl.where(before, some[None, :], 0), 1)
+            index = tl.load(missed + part * PART + rank, mask=live, other=0)
+            token = tl.load(tokens + index, mask=live, other=0)
+            slot = tl.load(victims + i, mask=live, other=0)
+            left = tl.load(held + slot, mask=live, other=-1)
+            place = (slot + first_place).to(tl.int64)
+            tl.store(page + left, -1, mask=live & (left >= 0))
+            tl.store(page + token, slot, mask=live)
+            tl.store(held + slot, token.to(tl.int32), mask=live)
+            tl.store(selected + slot, now, mask=live)
+            tl.store(missing + i, token, mask=live)
+            tl.store(missing_places + i, place, mask=live)
+            tl.store(places + index, place, mask=live)

@@ -35,10 +35,9 @@ class AdmitState:
         tokens: Token of every slot, -1 if it is empty: int32 [B, Hkv, C].
         selected: Stamp of the last admission that selected the slot's token: int32 [B, Hkv, C].
         queue: Slots to give away, the first in front: int32 [B, Hkv, C].
-        marks: Of the queue, int32 [B, Hkv, 5]: entries taken from its front, its length,
+        marks: Of the queue, int32 [B, Hkv, 4]: entries taken from its front, its length,
             the stamp of the admission that listed it, and the highest stamp in it then.
-            An entry that was selected since is passed over. The fifth is 0 between
-            admissions: programs that have looked up their part of a row.
+            An entry that was selected since is passed over.
     """
 
     page: Tensor
@@ -57,7 +56,7 @@ class AdmitState:
             tokens=torch.full((*heads, capacity), NONE, dtype=torch.int32, device=device),
             selected=selected,
             queue=queue,
-            marks=torch.zeros(*heads, 5, dtype=torch.int32, device=device),
+            marks=torch.zeros(*heads, 4, dtype=torch.int32, device=device),
         )
 
     def clear(self) -> None:
@@ -109,7 +108,7 @@ def check_admit(
         )
     if tokens.shape[2] > capacity:
         raise ValueError(f"{tokens.shape[2]} tokens a row need as many slots; the state has {capacity}")
-    shapes = {"page": (*heads, state.page.shape[-1]), "marks": (*heads, 5)}
+    shapes = {"page": (*heads, state.page.shape[-1]), "marks": (*heads, 4)}
     for field in fields(state):
         value = getattr(state, field.name)
         dtype = page_dtype(capacity) if field.name == "page" else torch.int32

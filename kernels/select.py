@@ -3,41 +3,76 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ds_offload.kernels.select_launch import SelectLaunch, select_launch
 from ds_offload.kernels.select_long_rows import bracket_kernel, classify_kernel, threshold_kernel, write_kernel
 from ds_offload.kernels.select_row import select_row_kernel
-from ds_offload.kernels.select_row_parts import row_parts_kernel
-from ds_offload.kernels.triton_runtime import launching, power_of_two
+from ds_offload.kernels.triton_runtime import launching
 
 # -inf as an ordered integer (`_ordered`): what is not above it is no candidate.
 MINUS_INF = -0x7F800001
 
 
-def select_turns(rows: int, device: torch.device) -> Tensor:
-    """What calls of `select_tokens` with up to `rows` rows use one after the other: int32 [rows + 1, 4] of zeros."""
-    return torch.zeros(rows + 1, 4, dtype=torch.int32, device=device)
+@dataclass(frozen=True)
+class SelectLaunch:
+    """Launch of the CUDA kernels.
+
+    Attributes:
+        block: Tokens of a row that one program holds, at least the row; 0 where a row is
+            shared out among several programs, which the other sizes are for.
+        warps: Warps of a program that holds a row, a sample or a list; others have 8.
+        sample: Tokens of a row from which its threshold is bracketed.
+        listed: Scores of a row inside the bracket that fit in its list, below 2 ** 16.
+        chunk: Tokens per program, below 2 ** 15: counts of a chunk are packed in 16 bits.
+        width: Chunks of a row whose counts are summed at a time.
+    """
+
+    block: int
+    warps: int = 16
+    sample: int = 4096
+    listed: int = 8192
+    chunk: int = 2048
+    width: int = 512
+
+
+# Samples, list, and warps of a program that holds either, the fastest first.
+_BRACKETS = ((4096, 8192, 8), (8192, 16384, 16), (16384, 32768, 16))
+
+
+def select_launch(length: int, count: int) -> SelectLaunch:
+    """The launch for rows of `length` tokens of which `count` are kept at most.
+
+    16,384 scores are 32 registers a thread of 16 warps: rows up to that take one launch.
+    For longer rows, a bracket of five standard deviations to each side must fit in the
+    list with room to spare; the smallest sample and list that allow it are the fastest
+    (H100, 32 rows of 131,072: 56 us with the first, 60 us with the second). Where none
+    does, the bracket is narrowed to fit the last, so it misses more often.
+    """
+    if length <= 4096:
+        return SelectLaunch(block=4096, warps=8)
+    if length <= 16384:
+        return SelectLaunch(block=16384)
+    for sample, listed, warps in _BRACKETS:  # noqa: B007
+        rank = min(sample, count * sample / length)
+        spread = 5 * math.sqrt(rank * (1 - rank / sample)) + 3
+        if 2.5 * spread * length / sample <= 0.6 * listed:
+            break
+    return SelectLaunch(block=0, warps=warps, sample=sample, listed=listed)
 
 
 def select_tokens(
-    scores: Tensor,
-    first: int,
-    last: Tensor,
-    keep: Tensor,
-    count: int,
-    out: Tensor | None = None,
-    turns: Tensor | None = None,
+    scores: Tensor, first: int, last: Tensor, keep: Tensor, count: int, out: Tensor | None = None
 ) -> Tensor:
     """The tokens of the highest scores of each row, ascending.
 
     Candidates of sequence b are the tokens t with first <= t < last[b] and a score above
     -inf. The min(keep, count, candidates) best are kept; of equal scores the lower
-    token, and -0.0 is below 0.0. On CUDA it can be captured in a graph: one launch, or
-    four, which read the scores twice, where all rows are too long to be held at once.
+    token, and -0.0 is below 0.0. On CUDA it can be captured in a graph: one launch for
+    rows of up to 16,384 tokens, else four, which read the scores twice.
 
     Args:
         scores: float32 [B, Hkv, T], contiguous, without NaN.
@@ -46,8 +81,6 @@ def select_tokens(
         keep: int64 [B] or [B, Hkv] on the scores' device; below 0: as 0.
         count: Columns of the result, of any size.
         out: int64 [B, Hkv, count], contiguous.
-        turns: From `select_turns`, for calls that follow one another; every call leaves it
-            as it was. None costs one launch more.
 
     Returns:
         int64 [B, Hkv, count]: `out` if given; the kept tokens, then -1.
@@ -59,94 +92,47 @@ def select_tokens(
     if not scores.is_cuda:
         return _select_on_cpu(scores, first, last, keep, count, out)
     with launching(scores.device, "select_tokens"):
-        _launch(scores, first, last, keep, count, out, turns)
+        _launch(scores, first, last, keep, count, out)
     return out
 
 
-def _launch(
-    scores: Tensor, first: int, last: Tensor, keep: Tensor, count: int, out: Tensor, turns: Tensor | None = None
-) -> None:
+def _launch(scores: Tensor, first: int, last: Tensor, keep: Tensor, count: int, out: Tensor) -> None:
     batch, heads, length = scores.shape
     rows = batch * heads
     if rows == 0 or count == 0:
         return
-    launch = select_launch(rows, length, count)
+    launch = select_launch(length, count)
     last, keep = last.contiguous(), keep.contiguous()
     rows_per_keep = heads if keep.dim() == 1 else 1
     first = min(first, length)
-    sizes = (first, length, count, heads, rows_per_keep)
     alignment = math.gcd(16, scores.data_ptr(), 4 * length)
-    ends = {"MINUS_INF": MINUS_INF, "ALIGNMENT": alignment, "num_warps": launch.warps}
+    ends = {"MINUS_INF": MINUS_INF, "num_warps": launch.warps}
     if launch.block:
-        select_row_kernel[(rows,)](scores, last, keep, out, *sizes, BLOCK=launch.block, **ends)
-    elif launch.part:
-        if turns is None or len(turns) <= rows:
-            turns = select_turns(rows, scores.device)
-        _launch_row_parts(launch, scores, last, keep, out, turns, sizes, ends)
-    else:
-        _launch_long_rows(launch, scores, last, keep, out, sizes, ends)
-
-
-def _launch_row_parts(
-    launch: SelectLaunch,
-    scores: Tensor,
-    last: Tensor,
-    keep: Tensor,
-    out: Tensor,
-    turns: Tensor,
-    sizes: tuple[int, ...],
-    ends: dict[str, int],
-) -> None:
-    rows, length = scores.shape[0] * scores.shape[1], scores.shape[2]
-    parts = launch.parts(length)
-    table = torch.empty(rows, 6, parts, dtype=torch.int32, device=scores.device)
-    listed = torch.empty(rows, 2, launch.listed, dtype=torch.int32, device=scores.device)
-    for stage in (1, 2) if launch.apart else (0,):
-        row_parts_kernel[(rows * parts,)](
-            *(scores, last, keep, out, turns, table, listed),
-            *sizes,
-            *(rows, parts),
-            SAMPLE=launch.sample,
-            SHIFT=launch.sample.bit_length() - 1,
-            LISTED=launch.listed,
-            PART=launch.part,
-            PARTS_PAD=power_of_two(parts),
-            STAGE=stage,
-            **ends,
-        )
-
-
-def _launch_long_rows(
-    launch: SelectLaunch,
-    scores: Tensor,
-    last: Tensor,
-    keep: Tensor,
-    out: Tensor,
-    sizes: tuple[int, ...],
-    ends: dict[str, int],
-) -> None:
-    first, length, count, heads, rows_per_keep = sizes
-    rows = scores.shape[0] * heads
-    chunks = launch.parts(length)
+        tail = (first, length, count, heads, rows_per_keep)
+        select_row_kernel[(rows,)](scores, last, keep, out, *tail, BLOCK=launch.block, ALIGNMENT=alignment, **ends)
+        return
+    chunks = -(-length // launch.chunk)
     state = torch.empty(rows, 8, dtype=torch.int32, device=scores.device)
     table = torch.empty(rows, 3, chunks, dtype=torch.int32, device=scores.device)
     listed = torch.empty(rows, launch.listed, dtype=torch.int32, device=scores.device)
-    chunked = {"CHUNK": launch.chunk, "ALIGNMENT": ends["ALIGNMENT"]}
+    sizes = {"CHUNK": launch.chunk, "ALIGNMENT": alignment}
+    shift = launch.sample.bit_length() - 1
     bracket_kernel[(rows, 2)](
-        *(scores, last, keep, state, *sizes),
-        **{"SAMPLE": launch.sample, "SHIFT": launch.sample.bit_length() - 1, "LISTED": launch.listed},
-        **{"MINUS_INF": MINUS_INF, "num_warps": launch.warps},
+        *(scores, last, keep, state, first, length, count, heads, rows_per_keep),
+        **{"SAMPLE": launch.sample, "SHIFT": shift, "LISTED": launch.listed},
+        **ends,
     )
     classify_kernel[(chunks, rows)](
-        scores, last, state, table, listed, first, length, chunks, heads, LISTED=launch.listed, num_warps=8, **chunked
+        scores, last, state, table, listed, first, length, chunks, heads, LISTED=launch.listed, num_warps=8, **sizes
     )
     threshold_kernel[(rows,)](
         *(scores, last, keep, state, table, listed, first, length, count, chunks, heads, rows_per_keep),
-        **{"LISTED": launch.listed, "WIDTH": launch.width, "CHUNK": launch.chunk},
+        **{"LISTED": launch.listed, "WIDTH": launch.width},
+        **sizes,
         **ends,
     )
     write_kernel[(chunks, rows)](
-        scores, last, state, table, out, first, length, count, chunks, heads, num_warps=8, **chunked
+        scores, last, state, table, out, first, length, count, chunks, heads, num_warps=8, **sizes
     )
 
 

@@ -16,7 +16,6 @@ from ds_offload.kernels.select_row import (
     write_kept,
     write_rest,
 )
-from ds_offload.kernels.select_threshold import search_row
 from ds_offload.kernels.triton_runtime import jit, tl
 
 
@@ -122,6 +121,24 @@ def classify_kernel(
     tl.store(entry + 2 * chunks, place)
 
 
+@jit
+def _search_row(scores, row, first, last, length, low, high, wanted, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """`find_threshold` over a whole row in memory."""
+    while low < high:
+        middle = (low & high) + ((low ^ high) >> 1)
+        above = middle * 0
+        for start in range(0, last, BLOCK):
+            keys = row_keys(scores, row, start, first, last, length, BLOCK, ALIGNMENT)
+            above += tl.sum((keys > middle).to(tl.int32), 0)
+        if above > wanted:
+            low = middle + 1
+        else:
+            high = middle
+            if above == wanted:
+                low = middle
+    return low
+
+
 @jit(do_not_specialize=["last", "keep", "first", "length", "count", "chunks"])
 def threshold_kernel(
     scores,
@@ -194,7 +211,7 @@ def threshold_kernel(
             elif past:
                 low = tl.full([], MINUS_INF, tl.int32)
                 high = bottom - 1
-            threshold = search_row(scores, row, first, end, length, low, high, wanted, CHUNK, ALIGNMENT)
+            threshold = _search_row(scores, row, first, end, length, low, high, wanted, CHUNK, ALIGNMENT)
             for chunk in range(0, chunks):
                 keys = row_keys(scores, row, chunk * CHUNK, first, end, length, CHUNK, ALIGNMENT)
                 tl.store(entries + chunk, tl.sum(kept_flags(keys, threshold), 0))

@@ -12,7 +12,7 @@ from ds_offload.kernels.label_scores import REFERENCE_BLOCK
 from ds_offload.kernels.label_scores_launch import scores_launch
 from ds_offload.kernels.product_code import PART, REFERENCE_TOKENS, WORDS
 from ds_offload.kernels.product_scores_launch import weights_bytes
-from ds_offload.kernels.select_launch import select_scratch_bytes
+from ds_offload.kernels.select import select_launch
 from ds_offload.kernels.slot_attention_launch import slot_attention_launch
 
 if TYPE_CHECKING:
@@ -213,8 +213,10 @@ def _cuda_step(shape: CacheShape) -> int:
     tokens, ahead = rows * shape.most_kept * 8, rows * shape.look_ahead * 8
     scores = selecting = weighing = 0
     if shape.scored:
+        launch = select_launch(longest, max(shape.most_kept, shape.look_ahead))
         scores = rows * longest * 4
-        selecting = select_scratch_bytes(rows, longest)
+        if not launch.block:
+            selecting = rows * (8 + 3 * -(-longest // launch.chunk) + launch.listed) * 4
         if shape.weighed:
             weighing = _weighing_bytes(shape, longest)
         if shape.top_p:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ds_offload.kernels.select import select_tokens, select_turns
+from ds_offload.kernels.select import select_tokens
 from ds_offload.memory.label_cache import LabelCache
 from ds_offload.memory.window import AttentionWindow
 
@@ -95,9 +95,6 @@ class Selector:
     summed over the heads.
     With one query head per KV head the scores themselves give the same order.
 
-    `select` is called on the compute stream, `predict` and `look_ahead` on the prefetch stream: calls on one
-    stream take turns with the same tensor, and no other stream has it.
-
     Args:
         labels: The label cache.
         window: The tokens that need no selection.
@@ -123,8 +120,6 @@ class Selector:
         self._window = window
         self._scaling = scaling
         self._top_p = top_p
-        rows = len(labels.starts) * labels.rows.shape[1]
-        self._turns, self._turns_ahead = (select_turns(rows, labels.rows.device) for _ in range(2))
 
     def of(self, sequence: int) -> Selector:
         """The same for one of the sequences alone; it selects what it selects among the others."""
@@ -134,21 +129,6 @@ class Selector:
 
     def select(self, layer: int, query: Tensor, step: Step) -> Selection:
         """The candidates that queries `[B, H, D]` attend to."""
-        return self._select(layer, query, step, self._turns)
-
-    def predict(self, layer: int, query: Tensor, step: Step) -> Tensor:
-        """The tokens that a predicted query selects."""
-        return self._select(layer, query, step, self._turns_ahead).tokens
-
-    def look_ahead(self, layer: int, selection: Selection, step: Step, width: int) -> Tensor:
-        """Tokens `[B, Hkv, width]` int64 likely to be selected next: those selected now and the next best."""
-        assert selection.scores is not None, "nothing was scored"
-        keep = step.keep_ahead
-        if selection.keep is not step.keep:
-            keep = selection.keep + selection.keep // LOOK_AHEAD_PART
-        return select_tokens(selection.scores, self._window.sinks, step.past, keep, width, turns=self._turns_ahead)
-
-    def _select(self, layer: int, query: Tensor, step: Step, turns: Tensor) -> Selection:
         kv_heads = self._labels.rows.shape[1]
         if step.most_kept == 0:
             none = torch.empty(len(query), kv_heads, 0, dtype=torch.int64, device=query.device)
@@ -164,8 +144,20 @@ class Selector:
         if self._top_p is not None:
             group = query.shape[1] // scores.shape[1]
             keep = self._needed(scores, step.past, self._top_p * group).clamp(max=keep[:, None])
-        tokens = select_tokens(scores, self._window.sinks, step.past, keep, step.most_kept, turns=turns)
+        tokens = select_tokens(scores, self._window.sinks, step.past, keep, step.most_kept)
         return Selection(tokens, scores, keep)
+
+    def predict(self, layer: int, query: Tensor, step: Step) -> Tensor:
+        """The tokens that a predicted query selects."""
+        return self.select(layer, query, step).tokens
+
+    def look_ahead(self, layer: int, selection: Selection, step: Step, width: int) -> Tensor:
+        """Tokens `[B, Hkv, width]` int64 likely to be selected next: those selected now and the next best."""
+        assert selection.scores is not None, "nothing was scored"
+        keep = step.keep_ahead
+        if selection.keep is not step.keep:
+            keep = selection.keep + selection.keep // LOOK_AHEAD_PART
+        return select_tokens(selection.scores, self._window.sinks, step.past, keep, width)
 
     def _needed(self, weights: Tensor, past: Tensor, share: float) -> Tensor:
         """How many of the best candidates `[B, Hkv]` int64 make up `share` together with the window.

@@ -132,7 +132,6 @@ class ReplaySelector:
         self._first_position = first_position
         self._last_layer = 0
         self._number: Tensor | None = None
-        self._tokens = selections.tokens[0]
 
     def select(self, layer: int, query: Tensor, step: Step) -> Selection:
         """The step's selection, its tokens `[B, Hkv, most_kept]` replayed."""
@@ -140,9 +139,9 @@ class ReplaySelector:
         if layer <= self._last_layer or self._number is None:
             # The first layer of a step; every look-ahead runs behind it.
             self._number = self._position(step)
-            self._tokens = self._selections.tokens.index_select(0, self._number)[0, ..., : step.most_kept]
         self._last_layer = layer
-        return dataclasses.replace(selection, tokens=self._tokens)
+        tokens = self._selections.tokens.index_select(0, self._number)[0, ..., : step.most_kept]
+        return dataclasses.replace(selection, tokens=tokens)
 
     def predict(self, layer: int, query: Tensor, step: Step) -> Tensor:
         """The step's predicted tokens `[B, Hkv, most_kept]` int64."""

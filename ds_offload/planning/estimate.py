@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ds_offload.kernels.select_launch import select_launch
+from ds_offload.kernels.select import select_launch
 from ds_offload.loading import ModelSource
 from ds_offload.memory.plan import CacheShape
 from ds_offload.planning.request import Request, active_experts, weight_bytes
@@ -176,7 +176,7 @@ def _weights_read(source: ModelSource, batch: int) -> int:
 
 def _layer_overhead(shape: CacheShape) -> float:
     """Seconds that a layer takes beyond its bytes."""
-    long = shape.scored and not select_launch(shape.rows, max(shape.capacities), shape.most_kept).block
+    long = shape.scored and not select_launch(max(shape.capacities), shape.most_kept).block
     return LAYER_OVERHEAD_S + (LONG_SELECTION_S if long else 0.0)
 
 

@@ -34,7 +34,7 @@ def scalar(value: int) -> torch.Tensor:
 def test_kernel_equals_the_reference(
     batch: int, heads: int, capacity: int, kept: int, part: int, tile: int, bins: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admit, "admit_launch", lambda *sizes: AdmitLaunch(part, tile, 2 * tile, bins, 1))
+    monkeypatch.setattr(admit, "admit_launch", lambda kept: AdmitLaunch(part, tile, 2 * tile, bins, 1, 1))
     generator = torch.Generator().manual_seed(kept)
     context = 2 * capacity + 1
     state, expected = (AdmitState.empty(batch, heads, capacity, context, CPU) for _ in range(2))

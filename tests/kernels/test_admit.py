@@ -142,7 +142,7 @@ def test_slots_follow_a_plain_model(
             assert result.missing_places[b, h, : len(missing)].tolist() == targets
             for value, plain in zip((state.page, state.tokens, state.selected), row.state(context), strict=True):
                 assert value[b, h].tolist() == plain
-            taken, listed, listed_at = state.marks[b, h, :3].tolist()
+            taken, listed, listed_at, _ = state.marks[b, h].tolist()
             assert (state.queue[b, h, taken:listed].tolist(), listed_at) == (row.queue, row.listed_at)
             counted = gained if attended else [gained[0], 0, 0, 0]
             expected_counts[n] = [a + g for a, g in zip(expected_counts[n], counted, strict=True)]
@@ -224,9 +224,8 @@ def test_wrong_arguments_are_named(admit: Callable[..., AdmitResult], change: di
 
 
 @pytest.mark.parametrize("kept", [0, 1, 96, 512, 1024, 7500, 16384, 10**6])
-@pytest.mark.parametrize("rows", [1, 8, 32, 300])
-def test_launch_fits_the_kernels(rows: int, kept: int) -> None:
-    launch = admit_launch(rows, kept)
+def test_launch_fits_the_kernels(kept: int) -> None:
+    launch = admit_launch(kept)
     for value in (launch.part, launch.tile, launch.list_tile, launch.bins, launch.warps):
         assert value > 0 and value & (value - 1) == 0
     # The kernel packs two counts of a tile into one number.

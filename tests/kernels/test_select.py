@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 
 from ds_offload.kernels import select
-from ds_offload.kernels.select import select_tokens, select_tokens_reference, select_turns, top_tokens
-from ds_offload.kernels.select_launch import SelectLaunch, select_launch, select_scratch_bytes
+from ds_offload.kernels.select import (
+    SelectLaunch,
+    select_launch,
+    select_tokens,
+    select_tokens_reference,
+    top_tokens,
+)
 
 Case = tuple[Tensor, int, Tensor, Tensor, int]
 
@@ -87,23 +92,10 @@ def assert_selects(function: Callable, case: Case, expected: Tensor) -> None:
 def narrow_launches() -> dict[str, SelectLaunch]:
     """Several programs per short row: brackets that miss, lists that overflow, and a bracket that is exact."""
     return {
-        "usual": SelectLaunch(warps=4, sample=16, listed=64, chunk=32, width=4),
-        "misses": SelectLaunch(warps=4, sample=32, listed=8, chunk=64, width=2),
-        "overflows": SelectLaunch(warps=4, sample=16, listed=2, chunk=64, width=16),
-        "exact": SelectLaunch(warps=4, sample=128, listed=512, chunk=64, width=16),
-    }
-
-
-def part_launches(apart: bool) -> dict[str, SelectLaunch]:
-    """The same with programs that wait for each other, in one launch or in two."""
-    return {
-        f"{name}, {'in two' if apart else 'at once'}": SelectLaunch(part=part, warps=4, apart=apart, **sizes)
-        for name, part, sizes in (
-            ("usual", 64, {"sample": 16, "listed": 64}),
-            ("misses", 64, {"sample": 32, "listed": 8}),
-            ("overflows", 64, {"sample": 16, "listed": 2}),
-            ("exact", 64, {"sample": 512, "listed": 512}),
-        )
+        "usual": SelectLaunch(block=0, warps=4, sample=16, listed=64, chunk=32, width=4),
+        "misses": SelectLaunch(block=0, warps=4, sample=32, listed=8, chunk=64, width=2),
+        "overflows": SelectLaunch(block=0, warps=4, sample=16, listed=2, chunk=64, width=16),
+        "exact": SelectLaunch(block=0, warps=4, sample=128, listed=512, chunk=64, width=16),
     }
 
 
@@ -113,18 +105,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     class TestInterpreted:
         @pytest.mark.parametrize(
             ("launch", "kind"),
-            [(launch, kind) for launch in ("row", "usual", "usual, in two") for kind in KINDS]
-            + [
-                (launch, kind)
-                for launch in (*narrow_launches(), *part_launches(apart=True))
-                for kind in (("normal",) if "in two" in launch else ("normal", "few", "extreme"))
-                if "usual" not in launch
-            ],
+            [("row", kind) for kind in KINDS]
+            + [("usual", kind) for kind in KINDS]
+            + [(launch, kind) for launch in ("misses", "overflows", "exact") for kind in ("normal", "few", "extreme")],
         )
         def test_equals_the_reference(self, launch: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-            # One program after the other runs here: none can wait for a later one.
-            launches = {"row": SelectLaunch(block=512, warps=4)} | narrow_launches() | part_launches(apart=True)
-            knobs = launches[launch]
+            knobs = SelectLaunch(block=512, warps=4) if launch == "row" else narrow_launches()[launch]
             monkeypatch.setattr(select, "select_launch", lambda *sizes: knobs)
             for shape in SHAPES if launch == "row" else SHAPES[KINDS.index(kind) % 2 :: 2]:
                 case = make_case(kind, shape)
@@ -134,14 +120,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
         def test_the_launch_of_long_rows(self) -> None:
             case = make_case("weights", (1, 2, 20001, 4, [19990], [[1250, 9000]], 9001))
-            turns = select_turns(2, case[0].device)
-            for launch in (SelectLaunch(), SelectLaunch(part=8192, apart=True), SelectLaunch(part=32768)):
-                out = poisoned(case)
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(select, "select_launch", lambda *sizes, launch=launch: launch)
-                    select._launch(*case, out, turns)
-                assert torch.equal(out, select_tokens_reference(*case)), launch
-                assert not turns.any(), "left as they were"
+            out = poisoned(case)
+            select._launch(*case, out)
+            assert torch.equal(out, select_tokens_reference(*case))
 
 
 @pytest.mark.parametrize("function", [select_tokens, select_tokens_reference])
@@ -209,26 +190,14 @@ def test_wrong_arguments_are_named(change: dict, message: str) -> None:
         select_tokens(**(arguments | change))
 
 
-@pytest.mark.parametrize("length", [0, 1, 4096, 4097, 16384, 16385, 1 << 17, 1 << 18, (1 << 18) + 1, 1 << 21])
+@pytest.mark.parametrize("length", [0, 1, 4096, 4097, 16384, 16385, 1 << 18, (1 << 18) + 1, 1 << 21])
 @pytest.mark.parametrize("share", [0, 1 / 256, 1 / 16, 1 / 4, 1])
-@pytest.mark.parametrize("rows", [1, 8, 32, 500])
-def test_launch_fits_the_kernels(rows: int, length: int, share: float) -> None:
-    launch = select_launch(rows, length, int(share * length))
+def test_launch_fits_the_kernels(length: int, share: float) -> None:
+    launch = select_launch(length, int(share * length))
     assert launch.block == 0 or launch.block >= length
-    assert launch.part <= 32768 and launch.chunk < 1 << 15 and launch.listed < 1 << 16
-    assert not launch.part or rows * launch.parts(length) <= 264
-    parts, lists = launch.parts(length), rows * launch.listed * (2 if launch.part else 1)
-    taken = 4 * (lists + (4 + rows * (4 + 6 * parts) if launch.part else rows * (8 + 3 * parts)))
-    assert launch.block or taken <= select_scratch_bytes(rows, length)
-    for size in (launch.block or 1, launch.part or 1, launch.warps, launch.sample, launch.listed, launch.width):
+    assert launch.chunk < 1 << 15 and launch.listed < 1 << 16
+    for size in (launch.block or 1, launch.warps, launch.sample, launch.listed, launch.chunk, launch.width):
         assert size & (size - 1) == 0
-
-
-def test_launch_of_the_usual_shapes() -> None:
-    assert select_launch(32, 131072, 8192) == SelectLaunch(part=32768, warps=32)
-    assert select_launch(32, 65536, 4096) == SelectLaunch(part=16384)
-    assert select_launch(8, 524288, 2048) == SelectLaunch(part=32768, warps=32, sample=8192)
-    assert select_launch(32, 524288, 2048).part == 0, "too many programs"
 
 
 def test_triton_kernels_in_the_interpreter(interpret: Callable[[str], None]) -> None:
@@ -241,12 +210,11 @@ def on_cuda(case: Case) -> Case:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("launch", ["", *narrow_launches(), *part_launches(False), *part_launches(True)])
+@pytest.mark.parametrize("launch", ["", *narrow_launches()])
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuda(kind: str, launch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = narrow_launches() | part_launches(apart=False) | part_launches(apart=True)
     if launch:
-        monkeypatch.setattr(select, "select_launch", lambda *sizes: launches[launch])
+        monkeypatch.setattr(select, "select_launch", lambda *sizes: narrow_launches()[launch])
     for shape in SHAPES:
         case = make_case(kind, shape)
         assert_selects(select_tokens, on_cuda(case), naive(*case))
@@ -256,10 +224,7 @@ def test_cuda(kind: str, launch: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("batch", "heads", "length"),
-    [
-        *((1, 3, 8192), (2, 2, 16384), (1, 3, 16387), (3, 2, 65536), (1, 32, 131072), (1, 32, 262144)),
-        *((1, 64, 262144), (1, 8, 524288), (1, 8, 1 << 20), (1, 1, 1000001)),
-    ],
+    [(1, 3, 8192), (2, 2, 16384), (1, 3, 16387), (3, 2, 65536), (1, 32, 262144), (1, 8, 1 << 20), (1, 1, 1000001)],
 )
 def test_cuda_long_rows(batch: int, heads: int, length: int, kind: str) -> None:
     scores = make_scores(kind, batch, heads, length).cuda()
@@ -276,25 +241,6 @@ def test_cuda_long_rows(batch: int, heads: int, length: int, kind: str) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch.equal(out, expected)
-
-
-@pytest.mark.gpu
-def test_cuda_programs_that_wait_do_so_on_two_streams_with_more_than_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many launches at a time, each of more programs than the device runs: rows must not wait for ever."""
-    monkeypatch.setattr(select, "select_launch", lambda *sizes: SelectLaunch(part=32768, warps=32))
-    cases, found, streams = [], [], [torch.cuda.Stream(), torch.cuda.Stream()]
-    turns = [select_turns(50, torch.device("cuda")) for _ in streams]
-    for seed, kind in enumerate(("normal", "ties")):
-        cases.append(on_cuda(make_case(kind, (1, 48, 300000, 4, [299000], [9000], 9000), seed)))
-    torch.cuda.synchronize()
-    for _ in range(20):
-        for case, stream, own in zip(cases, streams, turns, strict=True):
-            with torch.cuda.stream(stream):
-                found.append(select_tokens(*case, turns=own))
-    torch.cuda.synchronize()
-    assert not torch.cat(turns).any(), "left as they were"
-    expected = [select_tokens_reference(*case) for case in cases]
-    assert all(torch.equal(tokens, expected[number % 2]) for number, tokens in enumerate(found))
 
 
 @pytest.mark.gpu
