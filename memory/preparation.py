@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -74,7 +75,8 @@ class Preparation:
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._ready > part)
         if self._failure is not None and self._ready <= part:
-            raise self._failure
+            # A copy: the frames that it passes through would live on with what is kept here, and tensors with them.
+            raise copy.copy(self._failure)
 
     def stop(self) -> None:
         """Begin no further part; those being made are finished."""
@@ -93,7 +95,8 @@ class Preparation:
         try:
             work()
         except BaseException as error:
-            self._failure = self._failure or error
+            # Without its traceback, which leads back here.
+            self._failure = self._failure or error.with_traceback(None)
             self.stop()
 
     def _touch(self) -> None:

@@ -70,6 +70,26 @@ def test_a_refusal_is_one_line_with_cause_cost_and_cure_and_leaves_the_rest(driv
     assert pool.nbytes == 0
 
 
+def test_a_refusal_keeps_no_frame_alive(driver: FakeDriver) -> None:
+    """What the callers of a refused pool hold, tensors on the device for one, goes when the refusal is dealt with."""
+    driver.refuses = lambda size, held: True
+
+    def ask(pool: PinnedPool) -> weakref.ref[torch.Tensor]:
+        held = torch.zeros(1)
+        try:
+            pool.allocate(PAGE)
+        except MemoryPlanError:
+            return weakref.ref(held)
+        raise AssertionError("was not refused")
+
+    gc.disable()
+    try:
+        with PinnedPool(CUDA) as pool:
+            assert ask(pool)() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_with_a_cost_to_name_the_pool_goes_on_with_pageable_blocks_and_says_so_once(
     together: bool, driver: FakeDriver, capsys: pytest.CaptureFixture[str]
