@@ -8,6 +8,8 @@ from test_decode_layers import FAMILIES, decoder_of, on_a_gpu
 
 from ds_offload.prefill_layers import PrefillLayers
 
+TOLERANCES = [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)]
+
 
 def check(family: str, device: str, dtype: torch.dtype, tolerance: float) -> None:
     decoder = decoder_of(family, device, dtype)
@@ -29,16 +31,21 @@ def check(family: str, device: str, dtype: torch.dtype, tolerance: float) -> Non
                 assert torch.equal(states[:19], hidden)
                 made.append((queries, staging, states))
             for ours, theirs in zip(*made, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True)
+                # What is not written is not a number in both. In bfloat16 each of the two rounds at places of its
+                # own, by up to 1 % of the whole and, where large numbers cancel, by far more of a single one.
+                assert torch.equal(ours.isnan(), theirs.isnan())
+                ours, theirs = (value.nan_to_num().double() for value in (ours, theirs))
+                assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_fused_launches_give_what_the_modules_give(family: str) -> None:
-    check(family, "cpu", torch.float32, 1e-4)
+def test_the_fused_launches_give_what_the_modules_give(family: str, dtype: torch.dtype, tolerance: float) -> None:
+    check(family, "cpu", dtype, tolerance)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 6e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_on_a_gpu(family: str, dtype: torch.dtype, tolerance: float) -> None:
     check(family, "cuda", dtype, tolerance)
