@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,33 +10,23 @@ from torch import Tensor
 
 from ds_offload.calibration import Calibration
 from ds_offload.config import OffloadConfig
+from ds_offload.context_stores import ContextStores
 from ds_offload.decoder import DecoderStack, Rope
-from ds_offload.dtypes import RowFormat
 from ds_offload.kernels.coded_attention import coded_attention
 from ds_offload.kernels.new_token import HeadNorms, new_token
 from ds_offload.kernels.slot_attention import slot_attention
 from ds_offload.kernels.sparse_attention import sparse_attention
 from ds_offload.label_setting import make_label_code
-from ds_offload.memory.file_segments import FileSegments
 from ds_offload.memory.hot_set import HotSet
 from ds_offload.memory.kept_blocks import KeptBlocks
-from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.label_cache import LabelCache
-from ds_offload.memory.pinned_pool import PinnedPool
 from ds_offload.memory.plan import hot_set_capacity
 from ds_offload.memory.row_codec import RowCodec
-from ds_offload.memory.segment_pool import SegmentPool
 from ds_offload.memory.window import AttentionWindow
 from ds_offload.memory.window_buffer import WindowBuffer
 from ds_offload.prefetch.scheduler import PrefetchScheduler
 from ds_offload.prefetch.selection import Selector, Step
 from ds_offload.prefetch.streams import Faults, Streams
-
-# What the user is told where the driver refuses to lock more of the K/V.
-_PAGEABLE_COST = (
-    "the rest of the K/V stays pageable: the CPU copies its rows through a small buffer, and tokens take longer, "
-    "with no CUDA graph"
-)
 
 
 @dataclass(frozen=True)
@@ -55,7 +44,7 @@ class Attended:
     output: Tensor
 
 
-class KVContext:
+class KVContext(ContextStores):
     """K/V store, labels, hot set, streams and scheduler of B sequences; use as a context manager.
 
     Args:
@@ -78,6 +67,7 @@ class KVContext:
         faults: Faults | None = None,
         kept: KeptBlocks | None = None,
     ) -> None:
+        super().__init__(decoder, config, capacities, kept)
         self.window = AttentionWindow(config.sink_tokens, config.recent_tokens)
         self.streams = Streams(decoder.device, faults)
         self.attended: dict[int, Attended] = {}
@@ -86,43 +76,9 @@ class KVContext:
         self._widest = config.widest_budget
         self._capacities = capacities
         self._scaling = decoder.scaling
-        self.layers = decoder.layers
-        self._device = decoder.device
-        self._dense_layers = frozenset(config.dense_layers)
-        self._kept = kept
-        self._on_disk = config.kv_dir is not None
-        self._pool: SegmentPool = (
-            PinnedPool(decoder.device, _PAGEABLE_COST, kept)
-            if config.kv_dir is None
-            else FileSegments(config.kv_dir, decoder.device)
-        )
         sequences, longest = len(capacities), max(capacities)
-        offloaded = [n for n in range(decoder.layers) if n not in self._dense_layers]
-        rows = RowFormat.of(config.kv_dtype, decoder.dtype, decoder.head_dim)
+        offloaded, rows = self._offloaded, self._format
         heads: dict[str, Any] = {"kv_heads": decoder.kv_heads, "device": decoder.device}
-        self.store = KVStore(
-            layers=offloaded,
-            sequences=sequences,
-            head_dim=rows.store_dim,
-            dtype=rows.store_dtype,
-            pool=self._pool if config.kv_location == "host" else None,
-            segment_tokens=int(config.segment_tokens),
-            max_tokens=longest,
-            **heads,
-        )
-        self._dense = [
-            KVStore(
-                layers=sorted(self._dense_layers),
-                sequences=1,
-                head_dim=rows.head_dim,
-                dtype=rows.dtype,
-                pool=None,
-                segment_tokens=capacity,
-                max_tokens=capacity,
-                **heads,
-            )
-            for capacity in capacities
-        ]
         self.labels = LabelCache(make_label_code(config, calibration, decoder.device), capacities, decoder.device)
         self.codec: RowCodec | None = None
         self.window_buffer: WindowBuffer | None = None
@@ -166,7 +122,6 @@ class KVContext:
         # offloaded ones, the first, when the last layer has made its own.
         new = (decoder.layers, sequences, decoder.kv_heads, 2, decoder.head_dim)
         self._new_rows = torch.zeros(new, dtype=rows.dtype, device=decoder.device)
-        self._offloaded = offloaded
         self._row_of = {layer: n for n, layer in enumerate([*offloaded, *sorted(self._dense_layers)])}
 
     def __enter__(self) -> KVContext:
@@ -176,56 +131,12 @@ class KVContext:
         # A stream that is closed early is no error.
         self.close(keep=error is None or issubclass(error, GeneratorExit))
 
-    @property
-    def pinned_bytes(self) -> int:
-        """Page-locked bytes of the store, and of the ring through which pageable rows pass."""
-        return self._pool.pinned_bytes + self.store.ring_bytes
-
-    @property
-    def host_bytes(self) -> int:
-        """Host bytes of the store, page-locked or not."""
-        return 0 if self._on_disk else self._pool.nbytes
-
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes of the store in files."""
-        return self._pool.nbytes if self._on_disk else 0
-
     def close(self, keep: bool = True) -> None:
-        """Wait for the device, then free everything on host and device; page-locked blocks go to `kept`.
-
-        Args:
-            keep: False, after an error: they go back to the system, and what was kept before, too.
-        """
+        """Wait for the device, then free everything; see `ContextStores.close`."""
         try:
-            self._pool.close(keep)
+            super().close(keep)
         finally:
-            if not keep and self._kept is not None:
-                self._kept.release()
             self.attended.clear()
-            self.store.close()
-            self._dense.clear()
-
-    def reserve(self, sequence: int, tokens: int, layer: int | None = None, start: int = 0) -> None:
-        """Make room for tokens `start` to `tokens` of `sequence`, in one layer or in all, and wait for it."""
-        if layer is None or layer not in self._dense_layers:
-            self.store.reserve(sequence, tokens, layer, start)
-        if self._dense_layers:
-            self._dense[sequence].reserve(0, tokens)
-
-    def prepare(self, sequence: int, tokens: int) -> None:
-        """Start making room on the host for `tokens` tokens of `sequence`, all to be reserved before decoding begins.
-
-        Room on the device is made at once: it is zeroed in front of what a prefill hands over.
-        """
-        self.store.prepare(sequence, tokens)
-        if self._dense_layers:
-            self._dense[sequence].reserve(0, tokens)
-
-    def has_room(self, sequence: int, tokens: int, layer: int) -> bool:
-        """Whether rows of the first `tokens` tokens of `sequence` may be written to `layer` without waiting."""
-        store, number = self._store_of(layer, sequence)
-        return store.has_room(number, tokens, layer)
 
     def write_prompt(self, layer: int, sequence: int, rows: Tensor, *, start: int, staging: int) -> None:
         """Take rows `[Hkv, n, 2, D]` of tokens `start` to `start + n`, made as the hand-over `kv` of that layer.
@@ -244,28 +155,6 @@ class KVContext:
                 stored = rows if self.codec is None else self.codec.encode_prompt(layer, rows)
                 self.store.write_prompt(layer, sequence, start, stored)
                 self._write_labels(layer, sequence, start, rows)
-
-    def read_rows(self, layer: int, sequence: int, start: int, out: Tensor) -> None:
-        """Copy stored rows of tokens `start` to `start + n` to `out`, on the current stream.
-
-        `out` is `[Hkv, n, 2, D]`, for quantised rows `[Hkv, n, 2, P]` uint8.
-        """
-        store, number = self._store_of(layer, sequence)
-        store.read(layer, number, start, out)
-
-    def dense_rows(self, layer: int, sequence: int, stop: int) -> Tensor:
-        """A dense layer's rows `[Hkv, stop, 2, D]` where they lie."""
-        return self._dense[sequence].rows(layer, 0, stop)
-
-    def stored_as(self, layer: int, tokens: int) -> tuple[torch.dtype, tuple[int, ...]]:
-        """dtype and shape of a layer's stored rows of `tokens` tokens: `[Hkv, T, 2, D]`, quantised `[Hkv, T, 2, P]`."""
-        store, _ = self._store_of(layer, 0)
-        return store.dtype, store.prompt_shape(tokens)
-
-    def row_parts(self, layer: int, sequence: int, stop: int) -> Iterator[Tensor]:
-        """Stored rows of tokens 0 to `stop` where they lie: contiguous `[n, 2, D]`, by KV head, then by token."""
-        store, number = self._store_of(layer, sequence)
-        return store.parts(layer, number, 0, stop)
 
     def restore_prompt(self, layer: int, sequence: int, rows: Tensor, start: int) -> None:
         """Make labels and window of tokens whose rows `[Hkv, n, 2, D]`, not quantised, are in the store already."""
@@ -362,10 +251,6 @@ class KVContext:
     def kept_tokens(self, length: int) -> int:
         """Tokens a KV head attends to at most in a context of `length` tokens."""
         return self.window.forced(length) + self._keep(length)
-
-    def _store_of(self, layer: int, sequence: int) -> tuple[KVStore, int]:
-        """The store that has a layer's rows, and the sequence's number in it."""
-        return (self._dense[sequence], 0) if layer in self._dense_layers else (self.store, sequence)
 
     def _write_labels(self, layer: int, sequence: int, start: int, rows: Tensor) -> None:
         self.labels.write_prompt(layer, sequence, start, rows[:, :, 0], self._new_rows.dtype)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_models import random_prompts, save_tiny, tiny_config
 
-import ds_offload.kv_context
+import ds_offload.context_stores
 from ds_offload import OffloadConfig, OffloadedGenerator
 from ds_offload.memory.pinned_pool import PinnedPool
 
@@ -83,7 +83,7 @@ def test_memory_goes_back_and_the_next_call_answers(device: str, model: Path, mo
             assert pools[-1].nbytes > 0 and (pools[-1].pinned_bytes > 0) == (device == "cuda")
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ds_offload.kv_context, "PinnedPool", Kept)
+    monkeypatch.setattr(ds_offload.context_stores, "PinnedPool", Kept)
     config = OffloadConfig(max_context=512, sink_tokens=2, recent_tokens=4, token_budget=16, segment_tokens=16)
     with OffloadedGenerator.from_pretrained(str(model), config=config, device=device) as gen:
         expected = gen.generate(IDS, max_new_tokens=12).token_ids

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_models import random_prompts, save_tiny, tiny_config
 
-import ds_offload.kv_context
+import ds_offload.context_stores
 from ds_offload import OffloadConfig, OffloadedGenerator
 from ds_offload.machine import host_memory
 from ds_offload.memory import host_block, page_locking, staging_ring
@@ -70,7 +70,7 @@ def test_staged_answers_on_a_cpu(
     save_tiny(tmp_path, tiny_config("llama", 2))
     with make(tmp_path, "cpu", **changes) as gen:
         expected, stats = answers(gen)
-        monkeypatch.setattr(ds_offload.kv_context, "PinnedPool", Refusing)
+        monkeypatch.setattr(ds_offload.context_stores, "PinnedPool", Refusing)
         found, staged_stats = answers(gen)
     assert found == expected
     assert any(staged) and len(staged) == 19
