@@ -53,7 +53,7 @@ def test_a_call_leaves_no_more_than_its_plan_allows(tmp_path: Path, monkeypatch:
         keep(gen, 5)
         gen.plan_call([100], [101])
         assert gen.kept.nbytes == 5 * MIB
-        monkeypatch.setattr("ds_offload.generator.memory_limits", lambda *_: MemoryLimits(None, 3 * MIB + 9))
+        monkeypatch.setattr("ds_offload.call_planner.memory_limits", lambda *_: MemoryLimits(None, 3 * MIB + 9))
         gen.plan_call([100], [101])
         assert gen.kept.nbytes == 3 * MIB
     assert gen.kept.nbytes == 0
