@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ds_offload.errors import InputError
-from ds_offload.prompts import check_text, has_chat_template, render_messages, tokenize
+from ds_offload.prompts import check_text, encode_prompt, has_chat_template, render_messages, tokenize
+
+if TYPE_CHECKING:
+    from ds_offload.loading import LoadedModel
 
 # Stands for a text in the chat template, to find what the template puts around it.
 _MARK = "<<text goes here>>"
@@ -80,6 +83,31 @@ class DocumentPrompt:
         check_text(question, "the question")
         special = not self.before and not has_chat_template(tokenizer)
         return document[: self.before] + tokenize(self.tail + _behind(question, tokenizer), tokenizer, special)
+
+
+def conversation_ids(
+    known: list[int],
+    document: DocumentPrompt | None,
+    document_tokens: int,
+    question: str | list[int],
+    loaded: LoadedModel,
+) -> list[int]:
+    """Token ids of a session's context with a question.
+
+    Args:
+        known: Those of the context so far, the first `document_tokens` of them the document's.
+        document: How the document was read; None where it was given as token ids.
+        question: A text, or token ids that are appended as they are.
+    """
+    tokenizer = loaded.tokenizer
+    if not isinstance(question, str):
+        return known + encode_prompt(list(question), tokenizer, loaded.source.shape.vocab_size)
+    if document is not None and len(known) == document_tokens:
+        return document.ids(known, question, tokenizer)
+    if document is not None:
+        return known + further_ids(question, tokenizer, known[-1] if known[-1] in loaded.eos_token_ids else None)
+    encode_prompt(question, tokenizer)
+    return known + tokenize(question, tokenizer, special=False)
 
 
 def further_ids(question: str, tokenizer: Any, last: int | None) -> list[int]:

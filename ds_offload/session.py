@@ -17,7 +17,7 @@ from ds_offload.calibration import Calibration
 from ds_offload.config import OffloadConfig
 from ds_offload.context_copy import copy_context, copy_window, own_from, rewind
 from ds_offload.decode import DecodeLoop
-from ds_offload.document_prompt import DocumentPrompt, common_tokens, further_ids
+from ds_offload.document_prompt import DocumentPrompt, common_tokens, conversation_ids
 from ds_offload.errors import InputError
 from ds_offload.generation import GenerationOutput, Sequence
 from ds_offload.kv_context import KVContext
@@ -28,7 +28,6 @@ from ds_offload.monitor import FidelityMonitor
 from ds_offload.notices import warn
 from ds_offload.prefill import ProgressCallback, prefill
 from ds_offload.preparation import check_room, room_of
-from ds_offload.prompts import encode_prompt, tokenize
 from ds_offload.sampling import SamplingParams
 from ds_offload.session_file import write_session
 from ds_offload.session_header import SessionHeader, SessionIdentity, calibration_digest
@@ -199,24 +198,12 @@ class Session:
     def _sequence(self, question: str | list[int], sampling: dict[str, Any]) -> Sequence:
         self._check_free()
         params = SamplingParams(**sampling)
-        ids = self._ids(question)
+        before = self.token_ids, self.document, self.document_tokens
+        ids = conversation_ids(*before, question, self._generator.loaded)
         check_room(ids, self.config, "conversation")
         assert isinstance(params.max_new_tokens, int)
         limit = min(params.max_new_tokens, room_of(self.config) - len(ids))
         return Sequence(ids, limit, params, self._generator.loaded)
-
-    def _ids(self, question: str | list[int]) -> list[int]:
-        """Token ids of the context with a question."""
-        loaded, known = self._generator.loaded, self.token_ids
-        if not isinstance(question, str):
-            return known + encode_prompt(list(question), loaded.tokenizer, loaded.source.shape.vocab_size)
-        if self.document is not None and len(known) == self.document_tokens:
-            return self.document.ids(known, question, loaded.tokenizer)
-        if self.document is not None:
-            last = known[-1] if known[-1] in loaded.eos_token_ids else None
-            return known + further_ids(question, loaded.tokenizer, last)
-        encode_prompt(question, loaded.tokenizer)
-        return known + tokenize(question, loaded.tokenizer, special=False)
 
     @torch.no_grad()
     def _answer(

@@ -60,8 +60,7 @@ class KVStore:
         self._shared = [0] * sequences
         self._staged: StagedRows | None = None
         self._refusals = 0
-        most = -(-max_tokens // segment_tokens)
-        self._addresses = torch.zeros(sequences, most, dtype=torch.int64, device=device)
+        self._addresses = torch.zeros(sequences, -(-max_tokens // segment_tokens), dtype=torch.int64, device=device)
         self.table = SegmentTable([[] for _ in range(sequences)], self._addresses, segment_tokens)
 
     def __contains__(self, layer: int) -> bool:
@@ -164,7 +163,7 @@ class KVStore:
     def unshare(self, sequence: int, start: int) -> None:
         """Copy shared segments that hold tokens from `start` on, so that they may be written.
 
-        Waits for nothing, as `share`. The block that was shared stays held until the pool is closed.
+        Waits for nothing, as `share`. What was shared stays held until the pool is closed.
         """
         first = start // self.table.segment_tokens
         segments = self.table.tensors[sequence]
