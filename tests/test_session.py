@@ -277,13 +277,17 @@ def test_a_fork_of_the_whole_keeps_dense_layers_and_device_stores(model: Path) -
             assert torch.equal(ask(fork, QUESTIONS[0]).logits, mine.logits)
 
 
-def test_shared_segments_are_copied_before_they_are_written(gen: OffloadedGenerator) -> None:
+def test_shared_segments_are_copied_before_they_are_written(
+    gen: OffloadedGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A question that changes the document's last tokens writes into segments that a fork shares."""
     with gen.prefill(DOCUMENT) as session, session.fork() as fork:
         expected = ask(session, QUESTIONS[0], keep=False)
         changed = [*DOCUMENT[:100], *QUESTIONS[2]]
-        fork._ids = lambda question: changed  # type: ignore[method-assign]
-        assert ask(fork, []).token_ids == gen.generate(changed, max_new_tokens=NEW).token_ids
+        with monkeypatch.context() as patch:
+            patch.setattr("ds_offload.session.conversation_ids", lambda *_: changed)
+            answer = ask(fork, [])
+        assert answer.token_ids == gen.generate(changed, max_new_tokens=NEW).token_ids
         assert torch.equal(ask(session, QUESTIONS[0], keep=False).logits, expected.logits)
 
 
