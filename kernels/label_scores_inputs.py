@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ds_offload.kernels.label_codec import LabelLayout
 
 
-class CachedLabels:
+class CachedLabels(ABC):
     """Labels of B sequences and a query for each: what scores of labels of every code are computed from."""
 
     labels: Tensor
@@ -22,9 +23,9 @@ class CachedLabels:
     scaling: float
 
     @property
+    @abstractmethod
     def row_bytes(self) -> int:
         """Bytes of a label."""
-        raise NotImplementedError
 
     def check(self, channels: Tensor | None = None, shape: tuple[int, ...] = ()) -> None:
         """Refuse arguments that do not fit; `channels`, where the code has them, must have `shape`.

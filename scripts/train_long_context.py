@@ -9,7 +9,6 @@ plot FOLDER PICTURE.png              the loss over the tokens seen
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from importlib import resources
 from pathlib import Path
@@ -19,10 +18,10 @@ import torch
 # The project's packages, where it is not installed.
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
+from ds_offload.adapter import change_config, merge_adapter
 from ds_offload.errors import InputError
 from ds_offload.loading import find_model, load_tokenizer, load_weights
 from long_context.adapted_llama import AdaptedLlama, AdapterShape
-from long_context.adapter_files import CHANGES, load_state
 from long_context.attention_kernels import fastest_attention
 from long_context.loss_curve import draw_curve, read_log
 from long_context.trainer import LOG, Plan, Trainer
@@ -82,11 +81,8 @@ def train(options: argparse.Namespace) -> None:
 def merge(options: argparse.Namespace) -> None:
     """Write a model folder with the adapter that training has reached."""
     loaded = load_weights(find_model(options.model, dtype="fp32"), torch.device("cpu"))
-    changes = json.loads((options.folder / CHANGES).read_text(encoding="utf-8"))
-    shape = AdapterShape(rope_theta=changes["rope_theta"], max_positions=changes["max_position_embeddings"])
-    model = AdaptedLlama.from_model(loaded.model, shape, torch.float32)
-    load_state(model.parameters(), None, options.folder)
-    model.merge_into(loaded.model)
+    change_config(loaded.model.config, options.folder)
+    merge_adapter(loaded.model, options.folder)
     loaded.model.to(torch.bfloat16).save_pretrained(options.merged)
     loaded.tokenizer.save_pretrained(options.merged)
 

@@ -133,19 +133,6 @@ class AdaptedLlama:
         """W + B A of all layers, `[L, out, in]` float32."""
         return torch.baddbmm(self.base[kind], self.up[kind], self.down[kind])
 
-    @torch.no_grad()
-    def merge_into(self, model: Any) -> None:
-        """Put the adapted weights, the RoPE base and the trained length into the transformers model."""
-        for kind, part in LINEAR.items():
-            for layer, weight in zip(model.model.layers, self.merged(kind), strict=True):
-                getattr(getattr(layer, part), kind).weight.copy_(weight)
-        for name in NORMS:
-            for layer, weight in zip(model.model.layers, self.norms[name], strict=True):
-                getattr(layer, name).weight.copy_(weight)
-        model.model.norm.weight.copy_(self.norms["norm"])
-        model.config.rope_parameters = {"rope_theta": self.shape.rope_theta, "rope_type": "default"}
-        model.config.max_position_embeddings = self.shape.max_positions
-
     def hidden(self, ids: Tensor, positions: Tensor) -> Tensor:
         """The last norm's output `[B, T, C]` of `ids` at `positions`, `[B, T]` int64 each."""
         batch, length = ids.shape

@@ -79,15 +79,15 @@ def save_state(
     _replace(folder / STATE, lambda path: save_file(tensors, path, metadata={"progress": json.dumps(progress)}))
 
 
-def load_state(parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer | None, folder: Path) -> dict[str, Any]:
-    """Read parameters, and moments where there is an optimizer, back in place; returns the progress."""
+def load_state(parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, Any]:
+    """Read parameters and moments back in place; returns the progress."""
     with safe_open(folder / STATE, "pt") as file:
         progress: dict[str, Any] = json.loads(file.metadata()["progress"])
         names = set(file.keys())
         for name, weight in parameters.items():
             with torch.no_grad():
                 weight.copy_(file.get_tensor(name))
-            if optimizer is not None and f"{name}.exp_avg" in names:
+            if f"{name}.exp_avg" in names:
                 optimizer.state[weight] = {
                     "step": torch.tensor(float(progress["step"]), device=weight.device),
                     **{

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ds_offload.adapter import change_config, merge_adapter
 from long_context.adapted_llama import AdaptedLlama, AdapterShape
 from long_context.adapter_files import CONFIG, save_adapter
 
@@ -139,10 +140,14 @@ def test_bfloat16_on_a_gpu_follows_float32_on_a_cpu(compiled: bool) -> None:
 def test_a_merged_model_is_the_adapted_one(tmp_path) -> None:
     made = adapted(llama())
     model = llama(theta=1e4)
-    made.merge_into(model)
+    # Its matrices are written in 16 bits.
+    save_adapter(made, tmp_path / "adapter", "base")
+    change_config(model.config, tmp_path / "adapter")
+    merge_adapter(model, tmp_path / "adapter")
     model.save_pretrained(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.max_position_embeddings == SHAPE.max_positions
     ids, positions = inputs()
     logits = made.hidden(ids, positions) @ made.embedding.T
-    torch.testing.assert_close(loaded(ids, position_ids=positions).logits, logits, rtol=1e-5, atol=1e-5)
+    error = loaded(ids, position_ids=positions).logits - logits
+    assert error.norm() < 1e-3 * logits.norm()
