@@ -111,7 +111,7 @@ class DecodeLoop:
             attention = context.attend(layer, query, step)
             with streams.producing("hidden", layer + 1):
                 hidden = parts.finish(layer, hidden, attention.flatten(1))
-        context.write_rows(step)
+            context.write_rows(layer, step)
         return parts.logits(hidden)
 
     def _predict(self, layer: int, rope: Rope, hidden: Tensor) -> Tensor:

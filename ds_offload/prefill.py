@@ -144,8 +144,6 @@ class _Prefill:
                 rope = cos[chunk], sin[chunk]
                 self._layers.project(layer, hidden[chunk], rope, queries[chunk], rows[:, chunk])
         self._unwritten.append((layer, first, rows, self._turn))
-        # While the layer's part of the store is still being pinned, the device gets as much as it can do without it.
-        self.write(())
         if first:
             assert self._stored is not None
             earlier = self._stored.layer(layer, first, 1 - self._turn)
@@ -155,9 +153,9 @@ class _Prefill:
         for chunk in chunks:
             self._layers.finish_(layer, hidden[chunk], queries[chunk].flatten(1))
             pace.projected(chunk.stop - chunk.start)
-        if len(self._pieces) > 1:
-            # The next piece reads these rows back.
-            self.write()
+        # Thousands of copies take the host milliseconds to issue: the device has the rest of the layer meanwhile.
+        # Of more pieces the next reads these rows back; else they may wait for their part of the store to be pinned.
+        self.write((0, 1) if len(self._pieces) > 1 else ())
         self._turn = 1 - self._turn
 
     def write(self, awaited: tuple[int, ...] = (0, 1)) -> None:

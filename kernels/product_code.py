@@ -178,6 +178,7 @@ def launch_encode(
         PARTS=layout.parts,
         ROW_WORDS=layout.row_bytes // 4,
         EACH=starts is not None,
+        HALVES=keys.dtype in (torch.float16, torch.bfloat16),
         BLOCK=block,
         num_warps=4,
     )

@@ -1,10 +1,9 @@
 """Device code of scores of product codes (kernels/product_scores.py): numbers of 8 bits, looked up and summed.
 
-`table_kernel` leaves for each pack of HEADS query heads of a KV head a table [P, 16] of
-32-bit words, each with the heads' numbers for a word of a part: one in a half of it for
-one or two heads, one in a byte for three or four. So one read serves all of them. The 16
-entries of a part stand in 64 bytes: whatever entries the threads of a warp want, they lie
-in different banks or are the same.
+`entries_kernel` makes every head's numbers, `table_kernel` rounds them. It leaves for each pack of HEADS query heads
+of a KV head a table [P, 16] of 32-bit words, each with the heads' numbers for a word of a part: one in a half of it
+for one or two heads, one in a byte for three or four. So one read serves all of them. The 16 entries of a part stand
+in 64 bytes: whatever entries the threads of a warp want, they lie in different banks or are the same.
 """
 
 from __future__ import annotations
@@ -14,53 +13,72 @@ from ds_offload.kernels.triton_runtime import jit, tl
 
 
 @jit(do_not_specialize=["stride_b", "stride_h", "stride_d"])
-def table_kernel(
+def entries_kernel(
     query,
     turn,
     words,
-    table,
-    factors,
+    entries,
     scaling,
     heads,
     stride_b,
     stride_h,
     stride_d,
     G: tl.constexpr,
-    HEADS: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
+    PARTS: tl.constexpr,
+    EACH: tl.constexpr,
+):
+    """What every word of EACH parts adds to one query head's score: entries float32 [B * H, P, 16].
+
+    The head's matrix is what takes the time, so its rows are shared out among many programs.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    b = row // heads
+    h = row % heads // G
+    part = tl.program_id(1) * EACH + tl.arange(0, EACH)
+    there = part < PARTS
+    channel = tl.arange(0, D_PAD)
+    word = tl.arange(0, 16)
+    source = query + b * stride_b + (row % heads) * stride_h + channel * stride_d
+    value = tl.load(source, mask=channel < D, other=0.0).to(tl.float32) * scaling
+    turn += h * D * D + part[:, None] * (4 * D) + channel[None, :]
+    words += (h * PARTS + part)[:, None] * 64 + word[None, :] * 4
+    inside = there[:, None] & (channel < D)[None, :]
+    sums = tl.zeros([EACH, 16], tl.float32)
+    for axis in tl.static_range(4):
+        turned = tl.sum(tl.load(turn + axis * D, mask=inside, other=0.0) * value[None, :], 1)
+        sums += turned[:, None] * tl.load(words + axis, mask=there[:, None], other=0.0)
+    tl.store(entries + (row * PARTS + part)[:, None] * 16 + word[None, :], sums, mask=there[:, None])
+
+
+@jit
+def table_kernel(
+    entries,
+    table,
+    factors,
+    HEADS: tl.constexpr,
     PARTS: tl.constexpr,
     PARTS_PAD: tl.constexpr,
     LEAST_RANGE: tl.constexpr,
 ):
-    """One pack's table, and each head's step and offset: factors [B * H, 2]."""
+    """One pack's table out of its heads' entries, and each head's step and offset: factors [B * H, 2]."""
     pack = tl.program_id(0).to(tl.int64)
-    row = pack * HEADS
-    b = row // heads
-    h = row % heads // G
     part = tl.arange(0, PARTS_PAD)
     there = part < PARTS
-    channel = tl.arange(0, D_PAD)
-    word = tl.arange(0, 16)
-    turn += h * D * D + part[:, None] * (4 * D) + channel[None, :]
-    words += (h * PARTS + part)[:, None] * 64 + word[None, :] * 4
-    inside = there[:, None] & (channel < D)[None, :]
+    at = part[:, None] * 16 + tl.arange(0, 16)[None, :]
     packed = tl.zeros([PARTS_PAD, 16], tl.int32)
     for g in tl.static_range(HEADS):
-        source = query + b * stride_b + (row % heads + g) * stride_h + channel * stride_d
-        value = tl.load(source, mask=channel < D, other=0.0).to(tl.float32) * scaling
-        entries = tl.zeros([PARTS_PAD, 16], tl.float32)
-        for axis in tl.static_range(4):
-            turned = tl.sum(tl.load(turn + axis * D, mask=inside, other=0.0) * value[None, :], 1)
-            entries += turned[:, None] * tl.load(words + axis, mask=there[:, None], other=0.0)
-        least = tl.min(entries, 1)
-        entries -= least[:, None]
-        peak = tl.maximum(tl.max(tl.max(entries, 1), 0), LEAST_RANGE)
-        numbers = tl.minimum(tl.floor(entries * (255.0 / peak) + 0.5), 255.0).to(tl.int32)
+        row = pack * HEADS + g
+        values = tl.load(entries + row * PARTS * 16 + at, mask=there[:, None], other=0.0)
+        least = tl.min(values, 1)
+        values -= least[:, None]
+        peak = tl.maximum(tl.max(tl.max(values, 1), 0), LEAST_RANGE)
+        numbers = tl.minimum(tl.floor(values * (255.0 / peak) + 0.5), 255.0).to(tl.int32)
         packed |= numbers << ((8 if HEADS > 2 else 16) * g)
-        tl.store(factors + (row + g) * 2, peak * (1.0 / 255.0))
-        tl.store(factors + (row + g) * 2 + 1, tl.sum(least, 0))
-    tl.store(table + (pack * PARTS + part)[:, None] * 16 + word[None, :], packed, mask=there[:, None])
+        tl.store(factors + row * 2, peak * (1.0 / 255.0))
+        tl.store(factors + row * 2 + 1, tl.sum(least, 0))
+    tl.store(table + pack * PARTS * 16 + at, packed, mask=there[:, None])
 
 
 @jit

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from ds_offload.kernels.label_scores_kernels import totals_kernel
 from ds_offload.kernels.product_code import ProductLayout
-from ds_offload.kernels.product_scores_kernels import scores_kernel, sums_kernel, table_kernel, weights_kernel
+from ds_offload.kernels.product_scores_kernels import (
+    entries_kernel,
+    scores_kernel,
+    sums_kernel,
+    table_kernel,
+    weights_kernel,
+)
 from ds_offload.kernels.triton_runtime import power_of_two
 
 if TYPE_CHECKING:
@@ -21,6 +27,8 @@ if TYPE_CHECKING:
 LARGEST_NUMBER = 255
 # The range of a table whose entries are all the same: no division by zero.
 LEAST_RANGE = 2.0**-100
+# Parts of a program that makes entries.
+_ENTRY_PARTS = 4
 # Sums of a head begin at a multiple of so many.
 _SUMS_ALIGNMENT = 64
 
@@ -35,7 +43,6 @@ class ProductLaunch:
         block: Tokens per program that writes a result for each, with `warps` warps.
         part: Tokens per program that sums, with one warp: it exchanges nothing with others.
         warps: Warps per program that does not sum.
-        table_warps: Warps per program that makes a table.
     """
 
     heads: int
@@ -43,7 +50,6 @@ class ProductLaunch:
     block: int
     part: int
     warps: int = 4
-    table_warps: int = 4
 
 
 def product_launch(layout: ProductLayout, group: int) -> ProductLaunch:
@@ -54,14 +60,13 @@ def product_launch(layout: ProductLayout, group: int) -> ProductLaunch:
     """
     heads = max(n for n in range(1, 5) if group % n == 0)
     rows = min(4, max(1, 16 // power_of_two(layout.row_bytes // 4)))
-    warps = 4 if layout.head_dim <= 128 else 8
-    return ProductLaunch(heads, math.gcd(16, layout.row_bytes) // 4, 128 * rows, 32 * rows, table_warps=warps)
+    return ProductLaunch(heads, math.gcd(16, layout.row_bytes) // 4, 128 * rows, 32 * rows)
 
 
 def weights_bytes(layout: ProductLayout, sequences: int, heads: int, group: int, longest: int) -> int:
-    """Device memory that `launch_weights` takes for a while: tables, sums and partial softmaxes."""
+    """Device memory that `launch_weights` takes for a while: entries, tables, sums and partial softmaxes."""
     launch, rows = product_launch(layout, group), sequences * heads
-    tables = rows // launch.heads * layout.parts * 16 * 4
+    tables = (rows + rows // launch.heads) * layout.parts * 16 * 4
     return tables + rows * (2 * _sums_stride(longest) + 8 * -(-longest // launch.part) + 16)
 
 
@@ -119,16 +124,23 @@ def _tables(inputs: ProductInputs, launch: ProductLaunch, scaling: float) -> tup
     packs = rows // launch.heads
     table = torch.empty(packs, layout.parts, 16, dtype=torch.int32, device=inputs.query.device)
     factors = torch.empty(rows, 2, dtype=torch.float32, device=inputs.query.device)
-    table_kernel[(packs,)](
-        *(inputs.query, code.turn, code.words, table, factors, scaling, inputs.heads, *inputs.query.stride()),
+    entries = torch.empty(rows, layout.parts, 16, dtype=torch.float32, device=inputs.query.device)
+    entries_kernel[(rows, -(-layout.parts // _ENTRY_PARTS))](
+        *(inputs.query, code.turn, code.words, entries, scaling, inputs.heads, *inputs.query.stride()),
         G=inputs.group,
-        HEADS=launch.heads,
         D=layout.head_dim,
         D_PAD=power_of_two(layout.head_dim),
         PARTS=layout.parts,
+        EACH=_ENTRY_PARTS,
+        num_warps=4,
+    )
+    table_kernel[(packs,)](
+        *(entries, table, factors),
+        HEADS=launch.heads,
+        PARTS=layout.parts,
         PARTS_PAD=power_of_two(layout.parts),
         LEAST_RANGE=LEAST_RANGE,
-        num_warps=launch.table_warps,
+        num_warps=4,
     )
     return table, factors
 

@@ -37,9 +37,13 @@ class RowCodec:
         """Quantise a layer's rows `[Hkv, n, 2, D]` to `[Hkv, n, 2, P]` uint8."""
         return encode_rows(rows, self._by_head(layer))
 
-    def encode_new(self, rows: Tensor) -> Tensor:
-        """Quantise the new token's rows `[layers, B, Hkv, 2, D]` of all layers to `[layers, B, Hkv, 2, P]` uint8."""
-        return encode_rows(rows, RowCode(self.layout, self._factor[:, None]))
+    def encode_new(self, first: int, rows: Tensor) -> Tensor:
+        """Quantise the new token's rows `[N, B, Hkv, 2, D]` of N layers, in order from number `first` on.
+
+        Returns:
+            `[N, B, Hkv, 2, P]` uint8.
+        """
+        return encode_rows(rows, RowCode(self.layout, self._factor[first : first + len(rows), None]))
 
     def decode(self, layer: int, coded: Tensor, out: Tensor) -> Tensor:
         """Bring a layer's rows `[Hkv, n, 2, P]` back to `out` `[Hkv, n, 2, D]`."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ds_offload.errors import InputError
-from ds_offload.evaluation.read_once import answer_twice
+from ds_offload.evaluation.read_once import ReadOnce
 from ds_offload.evaluation.result import EvalResult, counted, mean
 from ds_offload.evaluation.subject import EvalSubject, announce_window, is_sparse
 from ds_offload.generation import GenerationOutput
@@ -57,18 +57,20 @@ def answer_all(
         )
     if len(asked) < len(questions):
         notice(f"{len(questions) - len(asked)} of {len(questions)} contexts fit the budget and are left out")
-    longest = max(asked, key=lambda question: len(question.ids) + question.max_new_tokens)
-    subject.check_memory(len(longest.ids), len(longest.ids) + longest.max_new_tokens)
-    announce_window(subject.config, len(longest.ids))
+    longest = max(len(question.ids) for question in asked)
+    capacity = min(subject.context, max(len(question.ids) + question.max_new_tokens for question in asked))
+    subject.check_memory(longest, capacity)
+    announce_window(subject.config, longest)
     dense: list[dict[str, Any]] = []
     sparse: list[dict[str, Any]] = []
     densities = []
-    for question in counted(asked, len(asked), "questions"):
-        outputs = answer_twice(subject, question.ids, question.max_new_tokens, on_progress)
-        for rows, out in zip((dense, sparse), outputs, strict=True):
-            rows.append(_row(question, out))
-        if outputs[1].stats["mean_density"] is not None:
-            densities.append(outputs[1].stats["mean_density"])
+    with ReadOnce(subject, longest, capacity) as prompts:
+        for question in counted(asked, len(asked), "questions"):
+            outputs = prompts.answer(question.ids, question.max_new_tokens, on_progress)
+            for rows, out in zip((dense, sparse), outputs, strict=True):
+                rows.append(_row(question, out))
+            if outputs[1].stats["mean_density"] is not None:
+                densities.append(outputs[1].stats["mean_density"])
     density = mean(densities) if densities else None
     if density is None:
         notice("every answer ended with its first token, which the dense prompt gives: nothing sparse was measured")

@@ -10,7 +10,7 @@ import pytest
 from ds_offload import InputError, OffloadedGenerator
 from ds_offload.errors import MemoryPlanError
 from ds_offload.evaluation import read_once
-from ds_offload.evaluation.read_once import answer_twice
+from ds_offload.evaluation.read_once import ReadOnce
 from ds_offload.evaluation.subject import EvalSubject, dense_twin
 
 MakeSubject = Callable[..., EvalSubject]
@@ -33,8 +33,11 @@ def count_prefills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def check_answers(subject: EvalSubject, tokens: int) -> None:
-    """Both answers of a prompt against each generator's own, which reads the prompt for itself."""
-    outputs = answer_twice(subject, prompt(tokens), 24)
+    """Both answers of two prompts against each generator's own, which reads the prompt for itself."""
+    # Of the same size as theirs: the hot set's is the longest context's.
+    with ReadOnce(subject, tokens, tokens + 24) as prompts:
+        for each in (prompt(tokens - 20), prompt(tokens)):
+            outputs = prompts.answer(each, 24 if len(each) == tokens else 3)
     configs = dense_twin(subject.config), subject.config
     for out, config in zip(outputs, configs, strict=True):
         # Greedy, so equal logits give equal tokens; the two share a model and its calibration.
@@ -64,7 +67,7 @@ def test_the_answers_are_those_of_two_generators(
     calls = count_prefills(monkeypatch)
     subject = subject_of(device, **fields)
     check_answers(subject, 201)
-    assert calls == [201] * prefills
+    assert calls == [181] * prefills + [201] * prefills
 
 
 def test_the_prompt_is_read_again_where_the_two_do_not_fit_together(
@@ -81,12 +84,13 @@ def test_the_prompt_is_read_again_where_the_two_do_not_fit_together(
     monkeypatch.setattr(read_once, "check_request", short_of_room)
     calls = count_prefills(monkeypatch)
     check_answers(subject, 180)
-    assert calls == [180, 180]
+    assert calls == [160, 160, 180, 180]
 
 
 def test_an_answer_ends_with_the_context(subject_of: MakeSubject) -> None:
     subject = subject_of()
-    dense, sparse = answer_twice(subject, prompt(250), 24)
-    assert len(dense.token_ids) == len(sparse.token_ids) == 6
-    with pytest.raises(InputError, match="leaves no room for an answer"):
-        answer_twice(subject, prompt(256), 24)
+    with ReadOnce(subject, 250, 256) as prompts:
+        dense, sparse = prompts.answer(prompt(250), 24)
+        assert len(dense.token_ids) == len(sparse.token_ids) == 6
+        with pytest.raises(InputError, match="leaves no room for an answer"):
+            prompts.answer(prompt(256), 24)
