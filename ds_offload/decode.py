@@ -14,16 +14,20 @@ from ds_offload.kernels.new_token import rotate_heads
 from ds_offload.kv_context import KVContext
 from ds_offload.prefetch.selection import Step, step_values
 from ds_offload.prefetch.streams import capture_stream
+from ds_offload.step_wait import StepWait
+
+# One layer in so many is in the first of a step's two graphs.
+FIRST_GRAPH = 8
 
 
 class DecodeLoop:
     """Runs decode steps of one context.
 
     On CUDA every step has the shapes of the longest context that was planned for, so one
-    CUDA graph serves them all: the first step runs eagerly (and compiles the kernels),
-    the second is captured, and from then on a step is a replay. Lengths, budgets, tokens
-    and RoPE go in through fixed buffers; the only thing the host waits for is the
-    sampled token. A model whose layers decide on the host what to run (a mixture of
+    CUDA graph, in two parts, serves them all: the first step runs eagerly (and compiles
+    the kernels), the second is captured, and from then on a step is a replay. Lengths,
+    budgets, tokens and RoPE go in through fixed buffers; the only thing the host waits
+    for is the sampled token. A model whose layers decide on the host what to run (a mixture of
     experts) runs every step eagerly, and so does one whose store is staged. On a CPU each
     step is as wide as it needs to be.
 
@@ -38,13 +42,12 @@ class DecodeLoop:
         self._decoder = decoder
         self._context = context
         self._cuda = decoder.device.type == "cuda"
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: list[torch.cuda.CUDAGraph] = []
         self._warm = False
         self._fixed: _StepBuffers | None = None
         self._parts: DecodeLayers | None = None
         self._logits: Tensor | None = None
-        # Waiting for it puts the thread to sleep, where reading a number from the device would spin on a core.
-        self._done = torch.cuda.Event(blocking=True) if self._cuda else None
+        self._wait = StepWait(torch.cuda.Event(blocking=True)) if self._cuda else None
 
     def step(self, tokens: list[int], lengths: list[int]) -> Tensor:
         """Logits `[B, vocab]` float32 of each sequence's next token, ready to read; valid until the next step.
@@ -69,50 +72,88 @@ class DecodeLoop:
         self._fixed.fill(tokens, lengths, keep)
         if context.store.staged:
             # Rows come by way of the host from now on, also where only the newest segment is not page-locked.
-            self._graph = None
-        if self._graph is not None:
-            self._graph.replay()
+            self._graphs = []
+        started = None
+        if self._graphs:
+            started = time.perf_counter()
+            for graph in self._graphs:
+                graph.replay()
         elif self._warm and decoder.capturable and not context.store.staged:
             self._capture()
         else:
             self._logits = self._layers(self._fixed.tokens, self._fixed.step, self._fixed.rope)
             self._warm = True
-        assert self._logits is not None and self._done is not None
-        self._done.record()
-        self._done.synchronize()
+        assert self._logits is not None and self._wait is not None
+        self._wait.wait(started)
         return self._logits
 
     def _capture(self) -> None:
-        """Capture a step of the buffers' shapes, then run it for the first time."""
+        """Capture a step of the buffers' shapes, then run it for the first time.
+
+        Launching a graph of many hundred kernels takes the host a millisecond. The first of two graphs has few layers,
+        and the other is launched while those compute.
+        """
         assert self._fixed is not None
+        fixed, layers = self._fixed, self._decoder.layers
         started = time.perf_counter()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=capture_stream(self._decoder.device)), self._context.streams.capturing():
-            self._logits = self._layers(self._fixed.tokens, self._fixed.step, self._fixed.rope)
+        graphs: list[torch.cuda.CUDAGraph] = []
+        hidden: Tensor | None = None
+        cut = -(-layers // FIRST_GRAPH)
+        for part in filter(None, (range(cut), range(cut, layers))):
+            graph = torch.cuda.CUDAGraph()
+            pool = graphs[0].pool() if graphs else None
+            with (
+                torch.cuda.graph(graph, pool=pool, stream=capture_stream(self._decoder.device)),
+                self._context.streams.capturing(),
+            ):
+                if hidden is None:
+                    hidden = self._begin(fixed.tokens, fixed.step)
+                else:
+                    # The other graph's hand-overs end with it; the prefetch stream forks from this one.
+                    with self._context.streams.producing("hidden", part.start):
+                        pass
+                hidden = self._run(part, hidden, fixed.step, self._turn(fixed.step, fixed.rope))
+                if part.stop == layers:
+                    assert self._parts is not None
+                    self._logits = self._parts.logits(hidden)
+            graphs.append(graph)
         self.capture_s = time.perf_counter() - started
-        self._graph = graph
-        graph.replay()
+        self._graphs = graphs
+        for graph in graphs:
+            graph.replay()
 
     def _layers(self, tokens: Tensor, step: Step, rope: Rope | None) -> Tensor:
         """All layers of one step; without `rope` it is computed from the step's positions."""
+        assert self._parts is not None
+        hidden = self._begin(tokens, step)
+        return self._parts.logits(self._run(range(self._decoder.layers), hidden, step, self._turn(step, rope)))
+
+    def _turn(self, step: Step, rope: Rope | None) -> Rope:
+        return rope if rope is not None else self._decoder.rotary(step.positions)
+
+    def _begin(self, tokens: Tensor, step: Step) -> Tensor:
+        """What comes before a step's layers; the first one's input `[B, hidden]`."""
+        context = self._context
+        self.last = step
+        context.attended.clear()
+        context.scheduler.begin(step)
+        with context.streams.producing("hidden", 0):
+            return self._decoder.embed(tokens)
+
+    def _run(self, layers: range, hidden: Tensor, step: Step, rope: Rope) -> Tensor:
+        """Some layers of one step: from the first one's input `[B, hidden]` to the last one's output."""
         decoder, context, parts = self._decoder, self._context, self._parts
         assert parts is not None
         scheduler, streams = context.scheduler, context.streams
-        self.last = step
-        context.attended.clear()
-        scheduler.begin(step)
-        turn = rope if rope is not None else decoder.rotary(step.positions)
-        with streams.producing("hidden", 0):
-            hidden = decoder.embed(tokens)
-        for layer in range(decoder.layers):
+        for layer in layers:
             if layer + 1 < decoder.layers and scheduler.wants_prediction(layer + 1):
-                scheduler.start(layer + 1, hidden, partial(self._predict, layer + 1, turn))
-            query = context.take(layer, parts.project(layer, hidden), turn, parts.head_norms(layer), step)
+                scheduler.start(layer + 1, hidden, partial(self._predict, layer + 1, rope))
+            query = context.take(layer, parts.project(layer, hidden), rope, parts.head_norms(layer), step)
             attention = context.attend(layer, query, step)
             with streams.producing("hidden", layer + 1):
                 hidden = parts.finish(layer, hidden, attention.flatten(1))
             context.write_rows(layer, step)
-        return parts.logits(hidden)
+        return hidden
 
     def _predict(self, layer: int, rope: Rope, hidden: Tensor) -> Tensor:
         """The query `[B, H, D]` that `layer` will have, from the input `[B, hidden]` of the layer before.

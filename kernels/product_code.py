@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from ds_offload.kernels.product_code_kernels import encode_kernel
-from ds_offload.kernels.triton_runtime import launching
+from ds_offload.kernels.triton_runtime import launching, power_of_two
 
 # Axes of a part, and words that a part is told by.
 PART = 4
 WORDS = 16
 # Tokens encoded at a time by the reference: bounds its distances to all words.
 REFERENCE_TOKENS = 1024
-# Tokens of one program of the encoding kernel: of a prompt, and where each sequence has one.
-_PROMPT_BLOCK, _NEW_BLOCK = 64, 16
+# Tokens that a program of the encoding kernel takes at a time, and how often: of a prompt, and where each sequence
+# has one.
+_PROMPT, _NEW = (32, 32), (16, 1)
 
 
 @dataclass(frozen=True)
@@ -169,18 +170,20 @@ def launch_encode(
     kv_heads, tokens, head_dim = keys.shape
     if tokens == 0:
         return
-    block = _PROMPT_BLOCK if starts is None else _NEW_BLOCK
+    block, blocks = _PROMPT if starts is None else _NEW
     layout = code.layout
-    encode_kernel[(-(-tokens // block), kv_heads, layout.row_bytes // 4)](
+    encode_kernel[(-(-tokens // (block * blocks)), kv_heads, layout.row_bytes // 4)](
         *(keys, *keys.stride()),
         *(code.mean, code.basis, code.words, starts, positions, out, out.stride(0), tokens),
         D=head_dim,
+        D_PAD=max(16, power_of_two(head_dim)),
         PARTS=layout.parts,
         ROW_WORDS=layout.row_bytes // 4,
         EACH=starts is not None,
         HALVES=keys.dtype in (torch.float16, torch.bfloat16),
         BLOCK=block,
-        num_warps=4,
+        BLOCKS=blocks,
+        num_warps=2,
     )
 
 
