@@ -106,13 +106,15 @@ class DecodeLoop:
                 torch.cuda.graph(graph, pool=pool, stream=capture_stream(self._decoder.device)),
                 self._context.streams.capturing(),
             ):
+                # In front of the hand-over `hidden`: predictions read it.
+                rope = self._turn(fixed.step, fixed.rope)
                 if hidden is None:
                     hidden = self._begin(fixed.tokens, fixed.step)
                 else:
                     # The other graph's hand-overs end with it; the prefetch stream forks from this one.
                     with self._context.streams.producing("hidden", part.start):
                         pass
-                hidden = self._run(part, hidden, fixed.step, self._turn(fixed.step, fixed.rope))
+                hidden = self._run(part, hidden, fixed.step, rope)
                 if part.stop == layers:
                     assert self._parts is not None
                     self._logits = self._parts.logits(hidden)
@@ -125,8 +127,9 @@ class DecodeLoop:
     def _layers(self, tokens: Tensor, step: Step, rope: Rope | None) -> Tensor:
         """All layers of one step; without `rope` it is computed from the step's positions."""
         assert self._parts is not None
+        turn = self._turn(step, rope)
         hidden = self._begin(tokens, step)
-        return self._parts.logits(self._run(range(self._decoder.layers), hidden, step, self._turn(step, rope)))
+        return self._parts.logits(self._run(range(self._decoder.layers), hidden, step, turn))
 
     def _turn(self, step: Step, rope: Rope | None) -> Rope:
         return rope if rope is not None else self._decoder.rotary(step.positions)

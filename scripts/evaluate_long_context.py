@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,13 @@ from ds_offload.prefetch.selection import Step
 
 
 @torch.no_grad()
-def retrieval(subject: EvalSubject, configs: dict[str, OffloadConfig], kinds: tuple[str, ...], limit: int) -> Any:
-    """Share of the facts found by kind, densely ("dense") and under each of `configs`, and every answer."""
+def retrieval(
+    subject: EvalSubject, configs: dict[str, OffloadConfig], kinds: tuple[str, ...], limit: int, deadline: float
+) -> Any:
+    """Share of the facts found by kind, densely ("dense") and under each of `configs`, and every answer.
+
+    No question is begun behind `deadline`, by `time.monotonic`.
+    """
     count = token_counter(subject)
     hay = Haystack(shipped_filler(), count, FOREIGN)
     shares: dict[str, dict[str, list[float]]] = {}
@@ -48,6 +55,8 @@ def retrieval(subject: EvalSubject, configs: dict[str, OffloadConfig], kinds: tu
         dense = stack.enter_context(Answerer(subject, dense_twin(subject.config), *sizes))
         sparse = {name: stack.enter_context(Answerer(subject, config, *sizes)) for name, config in configs.items()}
         for number in counted(range(limit * len(kinds)), limit * len(kinds), "questions"):
+            if time.monotonic() > deadline:
+                break
             kind, seed = kinds[number % len(kinds)], number // len(kinds)
             case, ids = make_case(subject, kind, hay, count, seed)
             room = min(ANSWER_TOKENS[kind], subject.context - len(ids))
@@ -59,7 +68,8 @@ def retrieval(subject: EvalSubject, configs: dict[str, OffloadConfig], kinds: tu
                 shares.setdefault(kind, {}).setdefault(name, []).append(found_share(text, case.answers))
             answers.append({"kind": kind, "seed": seed, "tokens": len(ids), "expected": case.answers, **texts})
     means = {kind: {name: mean(values) for name, values in by_name.items()} for kind, by_name in shares.items()}
-    return {"cases_of_a_kind": limit, "found": means, "answers": answers}
+    cases = {kind: len(by_name["dense"]) for kind, by_name in shares.items()}
+    return {"cases": cases, "found": means, "answers": answers}
 
 
 def text_figures(
@@ -99,11 +109,13 @@ def main() -> None:
     parser.add_argument("--budgets", default="1/16,1/32,1024", help="token budgets, with commas between them")
     parser.add_argument("--kinds", default="passkey,needles,key-value,tracing", help="of questions, or nothing")
     parser.add_argument("--limit", type=int, default=50, help="questions of each kind")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no question is begun after so many")
     parser.add_argument("--text", nargs="*", default=[], help="files whose last tokens are predicted")
     parser.add_argument("--positions", type=int, default=256, help="tokens predicted of each text")
     parser.add_argument("--compare-every", type=int, default=32, help="steps between comparisons of attention")
     parser.add_argument("--hot-set", type=float, default=2, help="rows of the hot set over those of the budget")
     options = parser.parse_args()
+    deadline = time.monotonic() + options.seconds
     kinds = parse_kinds(options.kinds) if options.kinds else ()
     budgets = options.budgets.split(",")
     config = OffloadConfig(max_context=options.ctx, token_budget=budgets[0], prefetch="off", hot_set=options.hot_set)
@@ -111,11 +123,11 @@ def main() -> None:
     with EvalSubject(prepare({**model, "rope_scaling": None}, config)) as subject:
         configs = {budget: dataclasses.replace(subject.config, token_budget=budget) for budget in budgets}
         out: dict[str, Any] = {"model": options.model, "ctx": subject.context, "config": subject.config.to_dict()}
-        if kinds:
-            out["retrieval"] = retrieval(subject, configs, kinds, options.limit)
         if options.text:
             texts = {Path(path).stem: Path(path).read_text(encoding="utf-8") for path in options.text}
             out["texts"] = text_figures(subject, configs, texts, options.positions, options.compare_every)
+        if kinds:
+            out["retrieval"] = retrieval(subject, configs, kinds, options.limit, deadline)
     json.dump(out, sys.stdout, indent=1)
 
 
