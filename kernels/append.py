@@ -8,7 +8,6 @@ from torch import Tensor
 from ds_offload.kernels.segment_table import SegmentTable, row_address
 from ds_offload.kernels.triton_runtime import jit, launching, power_of_two, tl
 
-
 # Programs of a launch, each with some of the rows: see `_append_kernel`.
 APPEND_PROGRAMS = 32
 

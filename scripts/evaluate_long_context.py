@@ -2,7 +2,8 @@
 """Evaluates a model at one context length under several budgets, each prompt read once: the rows of docs/fidelity.md.
 
 Hidden facts are asked for as `ds-offload eval retrieval` does, with the same cases, and a text's last tokens are
-predicted one by one, densely and under every budget. One JSON object goes to stdout, progress to stderr.
+predicted one by one, densely and under every budget. Every text and every answer is a line of JSON on stdout as it
+comes, an answer's with the shares of facts found so far; progress is on stderr.
 """
 
 from __future__ import annotations
@@ -40,16 +41,13 @@ from ds_offload.prefetch.selection import Step
 
 @torch.no_grad()
 def retrieval(
-    subject: EvalSubject, configs: dict[str, OffloadConfig], kinds: tuple[str, ...], limit: int, deadline: float
-) -> Any:
-    """Share of the facts found by kind, densely ("dense") and under each of `configs`, and every answer.
-
-    No question is begun behind `deadline`, by `time.monotonic`.
-    """
+    subject: EvalSubject, configs: dict[str, OffloadConfig], kinds: tuple[str, ...], limit: int, seconds: float
+) -> None:
+    """Ask for facts densely ("dense") and under each of `configs`; no question is begun after so many seconds."""
+    deadline = time.monotonic() + seconds
     count = token_counter(subject)
     hay = Haystack(shipped_filler(), count, FOREIGN)
-    shares: dict[str, dict[str, list[float]]] = {}
-    answers: list[dict[str, Any]] = []
+    shares: dict[str, dict[str, list[float]]] = {kind: {} for kind in kinds}
     sizes = subject.context - 1, subject.context
     with ExitStack() as stack:
         dense = stack.enter_context(Answerer(subject, dense_twin(subject.config), *sizes))
@@ -65,18 +63,16 @@ def retrieval(
                 answerer.copy(dense, len(ids))
             texts = {name: one.answer(ids, room, logits).text for name, one in {"dense": dense, **sparse}.items()}
             for name, text in texts.items():
-                shares.setdefault(kind, {}).setdefault(name, []).append(found_share(text, case.answers))
-            answers.append({"kind": kind, "seed": seed, "tokens": len(ids), "expected": case.answers, **texts})
-    means = {kind: {name: mean(values) for name, values in by_name.items()} for kind, by_name in shares.items()}
-    cases = {kind: len(by_name["dense"]) for kind, by_name in shares.items()}
-    return {"cases": cases, "found": means, "answers": answers}
+                shares[kind].setdefault(name, []).append(found_share(text, case.answers))
+            found = {name: mean(values) for name, values in shares[kind].items()}
+            line = {"kind": kind, "case": seed + 1, "tokens": len(ids), "expected": case.answers, "answers": texts}
+            write_line({**line, "found": found})
 
 
 def text_figures(
     subject: EvalSubject, configs: dict[str, OffloadConfig], texts: dict[str, str], positions: int, compared: int
-) -> Any:
+) -> None:
     """Loss of each text's last `positions` tokens, and what attention and hot set did there."""
-    figures: dict[str, Any] = {}
     for window in cut_windows(subject, texts, positions, 1):
         ids, targets = window.ids[:-1], window.ids[-positions:]
         for name, config in {"dense": dense_twin(subject.config), **configs}.items():
@@ -95,9 +91,13 @@ def text_figures(
             attention = sums.figures()
             del attention["layers"]
             kept = ("decode_ms_per_token", "hot_set_hit_rate", "prefetch_recall", "mean_density", "h2d_bytes_per_token")
-            row = {"nll": mean(losses), **{key: forced.stats[key] for key in kept}, **attention}
-            figures.setdefault(window.text, {})[name] = row
-    return figures
+            figures = {"nll": mean(losses), **{key: forced.stats[key] for key in kept}, **attention}
+            write_line({"text": window.text, "budget": name, **figures})
+
+
+def write_line(line: dict[str, Any]) -> None:
+    """Print a line of JSON at once: a run that is stopped keeps what it found."""
+    print(json.dumps(line), flush=True)
 
 
 def main() -> None:
@@ -109,26 +109,24 @@ def main() -> None:
     parser.add_argument("--budgets", default="1/16,1/32,1024", help="token budgets, with commas between them")
     parser.add_argument("--kinds", default="passkey,needles,key-value,tracing", help="of questions, or nothing")
     parser.add_argument("--limit", type=int, default=50, help="questions of each kind")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no question is begun after so many")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no question is begun after so many of them")
     parser.add_argument("--text", nargs="*", default=[], help="files whose last tokens are predicted")
     parser.add_argument("--positions", type=int, default=256, help="tokens predicted of each text")
     parser.add_argument("--compare-every", type=int, default=32, help="steps between comparisons of attention")
     parser.add_argument("--hot-set", type=float, default=2, help="rows of the hot set over those of the budget")
     options = parser.parse_args()
-    deadline = time.monotonic() + options.seconds
     kinds = parse_kinds(options.kinds) if options.kinds else ()
     budgets = options.budgets.split(",")
     config = OffloadConfig(max_context=options.ctx, token_budget=budgets[0], prefetch="off", hot_set=options.hot_set)
     model = {"name": options.model, "load_format": "auto", "device": "auto", "dtype": options.dtype}
     with EvalSubject(prepare({**model, "rope_scaling": None}, config)) as subject:
         configs = {budget: dataclasses.replace(subject.config, token_budget=budget) for budget in budgets}
-        out: dict[str, Any] = {"model": options.model, "ctx": subject.context, "config": subject.config.to_dict()}
+        write_line({"model": options.model, "ctx": subject.context, "config": subject.config.to_dict()})
         if options.text:
             texts = {Path(path).stem: Path(path).read_text(encoding="utf-8") for path in options.text}
-            out["texts"] = text_figures(subject, configs, texts, options.positions, options.compare_every)
+            text_figures(subject, configs, texts, options.positions, options.compare_every)
         if kinds:
-            out["retrieval"] = retrieval(subject, configs, kinds, options.limit, deadline)
-    json.dump(out, sys.stdout, indent=1)
+            retrieval(subject, configs, kinds, options.limit, options.seconds)
 
 
 if __name__ == "__main__":
