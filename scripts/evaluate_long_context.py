@@ -119,11 +119,11 @@ def main() -> None:
     budgets = options.budgets.split(",")
     config = OffloadConfig(max_context=options.ctx, token_budget=budgets[0], prefetch="off", hot_set=options.hot_set)
     model = {"name": options.model, "load_format": "auto", "device": "auto", "dtype": options.dtype}
+    texts = {Path(path).stem: Path(path).read_text(encoding="utf-8") for path in options.text}
     with EvalSubject(prepare({**model, "rope_scaling": None}, config)) as subject:
         configs = {budget: dataclasses.replace(subject.config, token_budget=budget) for budget in budgets}
         write_line({"model": options.model, "ctx": subject.context, "config": subject.config.to_dict()})
-        if options.text:
-            texts = {Path(path).stem: Path(path).read_text(encoding="utf-8") for path in options.text}
+        if texts:
             text_figures(subject, configs, texts, options.positions, options.compare_every)
         if kinds:
             retrieval(subject, configs, kinds, options.limit, options.seconds)
@@ -133,4 +133,5 @@ if __name__ == "__main__":
     try:
         main()
     except (InputError, OSError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
