@@ -8,17 +8,13 @@ from torch import Tensor
 from ds_offload.kernels.segment_table import SegmentTable, row_address
 from ds_offload.kernels.triton_runtime import jit, launching, power_of_two, tl
 
-# Programs of a launch, each with some of the rows: see `_append_kernel`.
-APPEND_PROGRAMS = 32
 
-
-@jit(do_not_specialize=["layer", "units", "pairs", "segments"])
+@jit(do_not_specialize=["layer", "pairs", "segments"])
 def _append_kernel(
     addresses,
     positions,
     rows,
     layer,
-    units,
     pairs,
     heads,
     segments,
@@ -26,25 +22,19 @@ def _append_kernel(
     ROW_WORDS: tl.constexpr,
     WORDS_PAD: tl.constexpr,
 ):
-    """Copies rows of one layer, sequence and KV head each, as 4-byte words, one after another.
-
-    Every row lies on a page of its own. Many of them at once make the device look up pages for milliseconds, and other
-    kernels wait with it.
-    """
+    """One program copies the row of one layer, sequence and KV head, as 4-byte words."""
     unit = tl.program_id(0) + tl.arange(0, 1)
+    pair = unit % pairs
+    layer += unit // pairs
+    b = pair // heads
+    position = tl.load(positions + b)
+    address = row_address(
+        addresses, b, pair % heads, position, position >= 0, layer, heads, segments, SEGMENT_TOKENS, ROW_WORDS * 4
+    )
     word = tl.arange(0, WORDS_PAD)
-    for _ in range(tl.cdiv(units, tl.num_programs(0))):
-        pair = unit % pairs
-        b = pair // heads
-        position = tl.load(positions + b, mask=unit < units, other=-1)
-        at = layer + unit // pairs
-        address = row_address(
-            addresses, b, pair % heads, position, position >= 0, at, heads, segments, SEGMENT_TOKENS, ROW_WORDS * 4
-        )
-        copied = (address != 0)[:, None] & (word < ROW_WORDS)[None, :]
-        value = tl.load(rows + (unit.to(tl.int64) * ROW_WORDS)[:, None] + word[None, :], mask=copied, other=0)
-        tl.store(address.to(tl.pointer_type(tl.int32))[:, None] + word[None, :], value, mask=copied)
-        unit += tl.num_programs(0)
+    copied = (address != 0)[:, None] & (word < ROW_WORDS)[None, :]
+    value = tl.load(rows + (unit.to(tl.int64) * ROW_WORDS)[:, None] + word[None, :], mask=copied, other=0)
+    tl.store(address.to(tl.pointer_type(tl.int32))[:, None] + word[None, :], value, mask=copied)
 
 
 def append_rows(table: SegmentTable, layer: int, positions: Tensor, rows: Tensor) -> None:
@@ -76,16 +66,14 @@ def append_rows(table: SegmentTable, layer: int, positions: Tensor, rows: Tensor
 
 def _launch(table: SegmentTable, layer: int, positions: Tensor, rows: Tensor) -> None:
     layers, batch, kv_heads, _, dim = rows.shape
-    units = layers * batch * kv_heads
-    if units == 0:
+    if layers * batch * kv_heads == 0:
         return
     words = 2 * dim * rows.element_size() // 4
-    _append_kernel[(min(units, APPEND_PROGRAMS),)](
+    _append_kernel[(layers * batch * kv_heads,)](
         table.addresses,
         positions.contiguous(),
         rows.contiguous().view(layers, batch, kv_heads, 2 * dim).view(torch.int32),
         layer,
-        units,
         batch * kv_heads,
         kv_heads,
         table.addresses.shape[1],

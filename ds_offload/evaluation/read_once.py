@@ -12,6 +12,7 @@ from ds_offload.evaluation.subject import EvalSubject, dense_twin
 from ds_offload.generation import GenerationOutput, Sequence
 from ds_offload.kv_context import KVContext
 from ds_offload.memory_check import check_request
+from ds_offload.notices import notice
 from ds_offload.prefill import ProgressCallback, prefill
 from ds_offload.preparation import check_room
 from ds_offload.sampling import SamplingParams
@@ -111,9 +112,10 @@ class ReadOnce:
         try:
             if self._dense.copies:
                 self._sparse = Answerer(self._subject, self._subject.config, *self._sizes)
+            else:
+                notice("quantised K/V cannot be copied: every prompt is read twice, once for each answer")
         except MemoryPlanError:
-            # Each has the device to itself, then.
-            pass
+            notice("the dense and the sparse context do not fit together: every prompt is read twice")
         except BaseException:
             self.__exit__()
             raise

@@ -71,7 +71,7 @@ def test_the_answers_are_those_of_two_generators(
 
 
 def test_the_prompt_is_read_again_where_the_two_do_not_fit_together(
-    subject_of: MakeSubject, monkeypatch: pytest.MonkeyPatch
+    subject_of: MakeSubject, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     subject, real, asked = subject_of(), read_once.check_request, []
 
@@ -85,6 +85,7 @@ def test_the_prompt_is_read_again_where_the_two_do_not_fit_together(
     calls = count_prefills(monkeypatch)
     check_answers(subject, 180)
     assert calls == [160, 160, 180, 180]
+    assert capsys.readouterr().err.count("every prompt is read twice") == 1
 
 
 def test_an_answer_ends_with_the_context(subject_of: MakeSubject) -> None:
