@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ds_offload.decode_layers import is_plain
 from ds_offload.rope_scaling import trained_context
 
 
@@ -24,6 +25,7 @@ class ModelShape:
     Attributes:
         trained_context: Positions the model claims, its RoPE scaling included.
         parameters: Exact count; tied embeddings count once.
+        plain: Whether every MLP is SwiGLU of linear modules, which CUDA kernels of prefill take.
     """
 
     layers: int
@@ -35,6 +37,7 @@ class ModelShape:
     vocab_size: int
     trained_context: int
     parameters: int
+    plain: bool
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> ModelShape:
@@ -51,4 +54,5 @@ class ModelShape:
             vocab_size=config.vocab_size,
             trained_context=trained_context(config),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
+            plain=all(is_plain(block) for block in model.model.layers),
         )

@@ -55,6 +55,7 @@ class CacheShape:
         everything: Whether every candidate is kept, and nothing scored.
         monitored: Whether attention is compared with exact attention between steps.
         layout: The bytes of quantised rows; None where the store has rows of `kv_dtype`.
+        fused: Whether fused kernels run a prompt's norms and MLPs.
     """
 
     layers: int
@@ -84,6 +85,7 @@ class CacheShape:
     monitored: bool
     layout: RowLayout | None = None
     kv_on_disk: bool = False
+    fused: bool = False
 
     @property
     def rows(self) -> int:

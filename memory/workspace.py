@@ -109,7 +109,13 @@ def _kept_bytes(shape: CacheShape, tokens: int) -> int:
 def _chunk_bytes(shape: CacheShape, tokens: int) -> int:
     """Norms, projections or MLP of one chunk of `tokens` tokens."""
     chunk = chunk_tokens(shape.hidden_size, shape.intermediate_size, shape.dtype.itemsize)
-    return _layer_bytes(shape, min(tokens, chunk))
+    tokens = min(tokens, chunk)
+    if not shape.fused:
+        return _layer_bytes(shape, tokens)
+    # A norm beside its products: of attention, or gate and up, whose SwiGLU and residual are made in place.
+    attention = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    per_token = shape.hidden_size + max(attention, 2 * shape.intermediate_size)
+    return tokens * per_token * shape.dtype.itemsize
 
 
 def _writer_bytes(shape: CacheShape, tokens: int) -> int:

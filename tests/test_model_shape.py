@@ -34,3 +34,10 @@ def test_the_config_is_left_as_it_was() -> None:
     before = config.to_dict()
     ModelShape.from_config(config)
     assert config.to_dict() == before
+
+
+def test_what_fused_kernels_take_is_known_without_weights() -> None:
+    assert ModelShape.from_config(CONFIG_MAPPING["llama"](**TINY)).plain
+    assert not ModelShape.from_config(CONFIG_MAPPING["llama"](**TINY, mlp_bias=True)).plain
+    assert not ModelShape.from_config(CONFIG_MAPPING["llama"](**TINY, hidden_act="gelu")).plain
+    assert not ModelShape.from_config(CONFIG_MAPPING["mixtral"](**TINY)).plain

@@ -33,6 +33,8 @@ LABEL_BITS = (2, 4)
 # Calls that follow each other read at least so many bytes in all: more than a level 2 cache holds.
 ROTATED_BYTES = 256 << 20
 MOST_ROW_BYTES = 6 << 30
+# Calls of short contexts take the time of a launch, not of their bytes.
+MOST_LAYERS = 64
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -97,7 +99,7 @@ class AttentionSizes:
         if device.type != "cuda":
             return 1
         wanted = -(-ROTATED_BYTES // self.read_bytes(batch, tokens))
-        return max(1, min(wanted, MOST_ROW_BYTES // self.row_bytes(batch, tokens)))
+        return max(1, min(wanted, MOST_LAYERS, MOST_ROW_BYTES // self.row_bytes(batch, tokens)))
 
 
 def bench_attention(device: torch.device, sizes: AttentionSizes, samples: int) -> tuple[list[BenchRow], list[str]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ds_offload.config import OffloadConfig
 from ds_offload.dtypes import RowFormat
+from ds_offload.kernels.skinny_linear import FLOATS
 from ds_offload.label_setting import label_layout
 from ds_offload.loading import ModelSource
 from ds_offload.memory.plan import CacheShape, MemoryPlan, hot_set_capacity, plan_memory
@@ -183,4 +184,6 @@ def _cache_shape(
         top_p=budget.top_p is not None,
         everything=everything,
         monitored=config.monitor != "off",
+        # As `PrefillLayers` decides.
+        fused=cuda and shape.plain and source.dtype in FLOATS,
     )

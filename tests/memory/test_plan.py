@@ -73,6 +73,16 @@ def test_a_long_context_of_llama_2_7b() -> None:
     assert plan.prefill == kept + CHUNK_BYTES + 8 * 4096 * 32 * 60
 
 
+def test_fused_kernels_take_less_for_a_chunk_of_a_prompt() -> None:
+    short = cache_shape(1024, labels=ProductLayout(128))
+    kept = 1024 * (2 * (4096 + 4096 + 4 * 4096 + 256) + 8)
+    # The norm, gate and up; without fused kernels what transformers' MLP makes besides; a block of attention is less.
+    assert prefill_bytes(dataclasses.replace(short, fused=True)) - kept == 1024 * 2 * (4096 + 2 * 11008)
+    assert prefill_bytes(short) - kept == 1024 * 2 * (4 * 4096 + 4 * 11008)
+    narrow = dataclasses.replace(short, intermediate_size=256, fused=True)
+    assert prefill_bytes(narrow) - kept == 1024 * 2 * (4096 + 3 * 4096)
+
+
 def test_product_codes_are_counted_with_their_labels_and_prompts_need_no_copy_for_them() -> None:
     tokens, scalar, product = 1 << 17, cache_shape(), cache_shape(labels=ProductLayout(128))
     plan = plan_memory(product, weights=1000)
