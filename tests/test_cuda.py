@@ -104,9 +104,11 @@ def test_a_long_prompt_takes_memory_as_planned_and_gives_all_of_it_back(tmp_path
     with make(tmp_path, max_context=40_000) as gen:
         gen.generate(prompt[:100], max_new_tokens=2)
         before = torch.cuda.memory_allocated()
+        # Workspaces of the libraries, and what earlier tests left: the plan has them in its reserve.
+        others = before - sum(parameter.nbytes for parameter in gen.loaded.model.parameters())
         stats = gen.generate(prompt, max_new_tokens=4).stats
         assert stats["host_pinned_bytes"] >= 6 * 2 * 30_000 * 2 * 64 * 2
-        assert stats["gpu_peak_bytes"] == pytest.approx(stats["gpu_planned_bytes"], rel=0.1)
+        assert stats["gpu_peak_bytes"] - others == pytest.approx(stats["gpu_planned_bytes"], rel=0.1)
         assert torch.cuda.memory_allocated() == before
         with pytest.raises(MemoryPlanError, match="GPU memory"):
             gen.config = type(gen.config)(**(gen.config.to_dict() | {"gpu_memory": "64MiB"}))
