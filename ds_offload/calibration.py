@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from ds_offload.calibration_text import DEFAULT_TOKENS, SHIPPED_TEXT, shipped_te
 from ds_offload.codebooks import CodeSample, has_parts, stack_codes
 from ds_offload.errors import InputError, LoadError
 from ds_offload.kernels.product_code import ProductCode
+from ds_offload.label_mass import LEAST_TOKENS, asking, label_mass
 from ds_offload.notices import notice
 from ds_offload.reference_channels import looks_like_json, parse_reference_channels
 
@@ -98,6 +99,7 @@ def calibrate(
         positions = scattered, torch.arange(len(chunk))
         ropes.append([decoder.rotary(each.to(decoder.device)) for each in positions])
     codes: list[ProductCode] = []
+    masses: list[Tensor] = []
     hiddens = [decoder.embed(chunk) for chunk in blocks]
     for layer in range(decoder.layers):
         sample = CodeSample(decoder.kv_heads, decoder.head_dim, len(ids), decoder.device)
@@ -111,6 +113,8 @@ def calibrate(
             key_squares[layer] += key.double().square().sum(0)
             query_squares[layer] += query.double().square().sum(0).unflatten(0, (decoder.kv_heads, -1)).sum(1)
             hiddens[number] = decoder.finish_layer(layer, hidden, _attention(query, key, value, decoder.scaling))
+            if number == 0:
+                first = query[asking(len(hidden)).to(query.device)], key
             if on_progress is not None:
                 on_progress(layer * len(blocks) + number + 1, len(blocks) * decoder.layers)
         if not (key_squares[layer].isfinite().all() and query_squares[layer].isfinite().all()):
@@ -120,12 +124,14 @@ def calibrate(
             )
         if has_parts(decoder.head_dim):
             codes.append(sample.fit())
+            if len(blocks[0]) >= LEAST_TOKENS:
+                masses.append(label_mass(*first, codes[-1], decoder.scaling))
     importance = query_sum.unflatten(1, (decoder.kv_heads, -1)).sum(2) * key_sum / len(ids) ** 2
     factor = _key_factor(key_squares, query_squares)
     fitted = stack_codes(codes) if codes else None
-    return Calibration.rank(
-        importance, key_total / len(ids), factor, fitted, fingerprint=fingerprint, tokens=len(ids), text=text
-    )
+    about: dict[str, Any] = {"fingerprint": fingerprint, "tokens": len(ids), "text": text}
+    mass = torch.stack(masses) if masses else None
+    return Calibration.rank(importance, key_total / len(ids), factor, fitted, mass, **about)
 
 
 def _key_factor(key_squares: Tensor, query_squares: Tensor) -> Tensor:
@@ -215,9 +221,12 @@ def find_or_make_calibration(
     if os.path.exists(cached):
         try:
             found = _matching(Calibration.load(cached, loaded.fingerprint), str(cached), decoder)
-            if found.codes is not None or not has_parts(decoder.head_dim):
+            # Contexts of a few hundred tokens say nothing of a selection.
+            measured = min(BLOCK, loaded.source.shape.trained_context) >= LEAST_TOKENS
+            wanted = found.label_mass if measured else found.codes
+            if wanted is not None or not has_parts(decoder.head_dim):
                 return found
-            notice(f"{cached} has no product codes: it is of an older version; making it again")
+            notice(f"{cached} is of an older version; making it again")
         except LoadError as error:
             notice(f"{str(error).removesuffix(f'; {REMEDY}')}; making it again")
     made = calibrate_loaded(loaded, decoder, text_ids(loaded, shipped_text()), SHIPPED_TEXT, on_progress)

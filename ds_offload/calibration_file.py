@@ -19,16 +19,18 @@ from torch import Tensor
 
 from ds_offload.errors import InputError, LoadError
 from ds_offload.kernels.product_code import ProductCode
+from ds_offload.label_mass import SHARES
 
 FORMAT = "ds_offload.calibration"
-VERSION = 3
+VERSION = 4
 REMEDY = "make one with: ds-offload calibrate --model M"
 
-# The oldest version that is read. Files of version 2 have no codes.
+# The oldest version that is read. Files of version 2 have no codes, those of version 3 no masses.
 _OLDEST = 2
 _LARGEST_FILE = 2**30
 _STATISTICS = ("importance", "key_mean", "key_factor")
 _CODE = ("mean", "basis", "turn", "words")
+_MASS = "label_mass"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Calibration:
         key_factor: What the channels of keys are divided by before they are quantised for the
             store, `[L, Hkv, D]` float32, positive; ones where it is not known.
         codes: The product codes of labels; None where they are not known.
+        label_mass: Exact attention `[L, len(SHARES)]` float32 of tokens that product codes choose, by
+            the share that they promise (`ds_offload/label_mass.py`); None where it is not known.
         fingerprint: The model it was made for.
         tokens: Tokens it was made on.
         text: Name of the text they are from.
@@ -53,6 +57,7 @@ class Calibration:
     key_mean: Tensor
     key_factor: Tensor
     codes: ProductCode | None
+    label_mass: Tensor | None
     fingerprint: str
     tokens: int
     text: str
@@ -64,6 +69,7 @@ class Calibration:
         key_mean: Tensor,
         key_factor: Tensor | None = None,
         codes: ProductCode | None = None,
+        label_mass: Tensor | None = None,
         *,
         fingerprint: str,
         tokens: int,
@@ -73,7 +79,7 @@ class Calibration:
         importance = importance.float().cpu()
         channels = importance.sort(dim=-1, descending=True, stable=True).indices
         factor = torch.ones_like(importance) if key_factor is None else key_factor.float().cpu()
-        return cls(channels, importance, key_mean.float().cpu(), factor, codes, fingerprint, tokens, text)
+        return cls(channels, importance, key_mean.float().cpu(), factor, codes, label_mass, fingerprint, tokens, text)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file in one step: it is there whole or not at all.
@@ -110,6 +116,8 @@ class Calibration:
         tensors = {"channels": self.channels} | {name: getattr(self, name) for name in _STATISTICS}
         if self.codes is not None:
             tensors |= {f"code_{name}": getattr(self.codes, name) for name in _CODE}
+        if self.label_mass is not None:
+            tensors[_MASS] = self.label_mass
         data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
         # safetensors writes metadata in an order of its own each time: sort the header.
         start = 8 + int.from_bytes(data[:8], "little")
@@ -155,7 +163,7 @@ class Calibration:
                 f"(fingerprint {made_for[:8]!a} ≠ {fingerprint[:8]!a}); {REMEDY}"
             )
         coded = {f"code_{name}" for name in _CODE} & set(tensors)
-        if set(tensors) - coded != {"channels", *_STATISTICS}:
+        if set(tensors) - coded - {_MASS} != {"channels", *_STATISTICS}:
             raise damaged
         found = [tensors[name] for name in _STATISTICS]
         sound = all(
@@ -168,12 +176,21 @@ class Calibration:
         if not sound or not bool((tensors["key_factor"] > 0).all()):
             raise damaged
         codes = _read_codes(tensors, found[0].shape, damaged) if coded else None
+        mass = tensors.get(_MASS)
+        if mass is not None and not _is_mass(mass, found[0].shape[0]):
+            raise damaged
         about: dict[str, Any] = {"tokens": int(tokens), "text": metadata.get("text", "")}
-        loaded = cls.rank(found[0], found[1], found[2], codes, fingerprint=fingerprint, **about)
+        loaded = cls.rank(found[0], found[1], found[2], codes, mass, fingerprint=fingerprint, **about)
         channels = tensors["channels"]
         if channels.dtype != torch.int64 or not torch.equal(loaded.channels, channels):
             raise damaged
         return loaded
+
+
+def _is_mass(mass: Tensor, layers: int) -> bool:
+    sound = mass.dtype == torch.float32 and mass.shape == (layers, len(SHARES))
+    # Rounding may leave a sum of weights above 1.
+    return sound and bool(((mass >= 0) & (mass < 1.001)).all())
 
 
 def _read_codes(tensors: dict[str, Tensor], heads: torch.Size, damaged: LoadError) -> ProductCode:

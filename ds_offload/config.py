@@ -59,8 +59,8 @@ class TokenBudget:
     """How many tokens each KV head keeps at a decode step, the forced ones included.
 
     Exactly one of the three is set: `count` tokens, a `fraction` of the context, or
-    the smallest set whose label scores reach `top_p` of the attention (at most
-    `TOP_P_CAP` of the context).
+    the smallest set whose label scores reach `top_p` of the attention, as calibration
+    found them to do (at most `TOP_P_CAP` of the context).
     """
 
     count: int | None = None

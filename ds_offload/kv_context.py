@@ -16,6 +16,7 @@ from ds_offload.kernels.coded_attention import coded_attention
 from ds_offload.kernels.new_token import HeadNorms, new_token
 from ds_offload.kernels.slot_attention import slot_attention
 from ds_offload.kernels.sparse_attention import sparse_attention
+from ds_offload.label_mass import shares_for
 from ds_offload.label_setting import make_label_code
 from ds_offload.memory.hot_set import HotSet
 from ds_offload.memory.kept_blocks import KeptBlocks
@@ -102,9 +103,12 @@ class KVContext(ContextStores):
                 **heads,
             )
             self.window_buffer = self.hot_set.window
-        selector = Selector(
-            self.labels, self.window, decoder.scaling, config.budget.top_p, everything=config.budget.fraction == 1
-        )
+        shares = None
+        if config.budget.top_p is not None:
+            mass = calibration.label_mass if config.label_code == "product" else None
+            shares = shares_for(mass, config.budget.top_p, decoder.layers)
+        everything = config.budget.fraction == 1
+        selector = Selector(self.labels, self.window, decoder.scaling, shares, everything)
         self.scheduler = PrefetchScheduler(
             config.prefetch,
             selector=selector,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -99,8 +100,8 @@ class Selector:
         labels: The label cache.
         window: The tokens that need no selection.
         scaling: Factor of the attention scores.
-        top_p: Keep the smallest set whose weights reach this share of all candidates'
-            and the window's weights; None keeps `Step.keep` tokens.
+        top_p: Of each layer: keep the smallest set whose weights by label reach this share of all
+            candidates' and the window's weights; None keeps `Step.keep` tokens.
         everything: Keep every candidate: nothing is scored.
 
     Attributes:
@@ -112,7 +113,7 @@ class Selector:
         labels: LabelCache,
         window: AttentionWindow,
         scaling: float,
-        top_p: float | None = None,
+        top_p: Sequence[float] | None = None,
         everything: bool = False,
     ) -> None:
         self.everything = everything
@@ -143,7 +144,7 @@ class Selector:
         keep = step.keep
         if self._top_p is not None:
             group = query.shape[1] // scores.shape[1]
-            keep = self._needed(scores, step.past, self._top_p * group).clamp(max=keep[:, None])
+            keep = self._needed(scores, step.past, self._top_p[layer] * group).clamp(max=keep[:, None])
         tokens = select_tokens(scores, self._window.sinks, step.past, keep, step.most_kept)
         return Selection(tokens, scores, keep)
 

@@ -2,6 +2,7 @@
 
 prepare DATA.npz --text FOLDER...    tokens of texts and of made-up questions, once, on a CPU
 train DATA.npz FOLDER                trains for --minutes in all; --resume goes on
+scale FOLDER SCALED --share 0.75     an adapter between the base model and this one
 merge FOLDER MODEL                   a model to evaluate: --model MODEL
 plot FOLDER PICTURE.png              the loss over the tokens seen
 """
@@ -22,6 +23,7 @@ from ds_offload.adapter import change_config, merge_adapter
 from ds_offload.errors import InputError
 from ds_offload.loading import find_model, load_tokenizer, load_weights
 from long_context.adapted_llama import AdaptedLlama, AdapterShape
+from long_context.adapter_files import scale_adapter
 from long_context.attention_kernels import fastest_attention
 from long_context.loss_curve import draw_curve, read_log
 from long_context.trainer import LOG, Plan, Trainer
@@ -78,6 +80,12 @@ def train(options: argparse.Namespace) -> None:
         print(f"at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory")
 
 
+def scale(options: argparse.Namespace) -> None:
+    """Write an adapter with a share of the changes."""
+    loaded = load_weights(find_model(options.model, dtype="fp32"), torch.device("cpu"))
+    scale_adapter(options.folder, options.scaled, loaded.model, options.share)
+
+
 def merge(options: argparse.Namespace) -> None:
     """Write a model folder with the adapter that training has reached."""
     loaded = load_weights(find_model(options.model, dtype="fp32"), torch.device("cpu"))
@@ -124,6 +132,11 @@ def main() -> None:
     command.add_argument("--rope-theta", type=float, default=AdapterShape.rope_theta)
     command.add_argument("--max-positions", type=int, default=AdapterShape.max_positions)
     command.add_argument("--checkpoint-from", type=int, default=AdaptedLlama.checkpoint_from, help="tokens")
+    command = commands.add_parser("scale", help="write an adapter between the base model and this one")
+    command.set_defaults(run=scale)
+    command.add_argument("folder", type=Path)
+    command.add_argument("scaled", type=Path)
+    command.add_argument("--share", type=float, required=True, help="of the way to the adapter, from 0 to 1")
     command = commands.add_parser("merge", help="write a model folder with the adapter in its weights")
     command.set_defaults(run=merge)
     command.add_argument("folder", type=Path)
@@ -138,8 +151,9 @@ def main() -> None:
     options = parser.parse_args()
     try:
         options.run(options)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
+    except (InputError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

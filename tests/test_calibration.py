@@ -28,6 +28,7 @@ from ds_offload.calibration import (
 from ds_offload.calibration_file import has_codes
 from ds_offload.decoder import DecoderStack
 from ds_offload.errors import InputError, LoadError
+from ds_offload.label_mass import LEAST_TOKENS, SHARES
 from ds_offload.loading import LoadedModel, ModelSource
 from ds_offload.model_shape import ModelShape
 
@@ -240,6 +241,19 @@ def test_round_trip(made: Calibration, tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
 
 
+def test_masses_are_kept_where_contexts_are_long_enough(tmp_path: Path) -> None:
+    ids = token_ids(LEAST_TOKENS)
+    decoder = DecoderStack(tiny_model(max_position_embeddings=LEAST_TOKENS))
+    made = calibrate(decoder, ids, block=LEAST_TOKENS, fingerprint=FINGERPRINT, text="t")
+    assert made.label_mass is not None and made.label_mass.shape == (len(made.channels), len(SHARES))
+    # More that labels promise is more that there is; all is all.
+    assert (made.label_mass.diff(dim=-1) >= 0).all() and (made.label_mass[:, -1] > 0.97).all()
+    made.save(tmp_path / "c")
+    assert same(Calibration.load(tmp_path / "c", FINGERPRINT), made)
+    short = calibrate(decoder, ids[1:], block=LEAST_TOKENS, fingerprint=FINGERPRINT, text="t")
+    assert short.label_mass is None
+
+
 def test_calibrating_twice_gives_identical_bytes(made: Calibration, tmp_path: Path) -> None:
     again = calibrate(DecoderStack(tiny_model()), token_ids(30), fingerprint=FINGERPRINT, text="a text: ünïcode, 文")
     for number in range(8):
@@ -336,15 +350,21 @@ def test_the_wrong_model_is_named(made: Calibration, tmp_path: Path) -> None:
     assert "made for another model (fingerprint '01234567' ≠ 'ffffffff')" in message
 
 
+def mass_of(made: Calibration) -> Tensor:
+    """As a calibration of longer contexts would have it."""
+    return torch.linspace(0.4, 1, len(SHARES)).expand(len(made.channels), -1).contiguous()
+
+
 def rewritten(made: Calibration, path: Path, metadata: dict[str, str] | None = None, **tensors: Tensor | None) -> Path:
     """`made` in a file with other metadata or tensors."""
     held = {name: getattr(made, name) for name in NAMES}
     held |= {f"code_{name}": getattr(made.codes, name) for name in ("mean", "basis", "turn", "words")}
+    held["label_mass"] = mass_of(made)
     held |= {name: tensor for name, tensor in tensors.items() if tensor is not None}
     held = {name: tensor.contiguous() for name, tensor in held.items() if tensors.get(name, tensor) is not None}
     about = {
         "format": "ds_offload.calibration",
-        "version": "3",
+        "version": "4",
         "fingerprint": FINGERPRINT,
         "tokens": "30",
         "text": "t",
@@ -354,8 +374,8 @@ def rewritten(made: Calibration, path: Path, metadata: dict[str, str] | None = N
 
 
 def test_a_newer_version_is_refused_before_anything_else(made: Calibration, tmp_path: Path) -> None:
-    message = refused(rewritten(made, tmp_path / "c", {"version": "4", "fingerprint": "other"}, more=torch.ones(1)))
-    assert "has format version 4, and this version of ds-offload reads up to 3; update ds-offload" in message
+    message = refused(rewritten(made, tmp_path / "c", {"version": "5", "fingerprint": "other"}, more=torch.ones(1)))
+    assert "has format version 5, and this version of ds-offload reads up to 4; update ds-offload" in message
 
 
 def test_an_older_version_is_refused(made: Calibration, tmp_path: Path) -> None:
@@ -363,11 +383,13 @@ def test_an_older_version_is_refused(made: Calibration, tmp_path: Path) -> None:
     assert "has format version 1, of an older ds-offload; make one with" in message
 
 
-def test_version_2_has_no_codes_and_is_read(made: Calibration, tmp_path: Path) -> None:
-    without = dict.fromkeys(("code_mean", "code_basis", "code_turn", "code_words"))
+def test_version_2_has_no_codes_version_3_no_masses_and_both_are_read(made: Calibration, tmp_path: Path) -> None:
+    without = dict.fromkeys(("code_mean", "code_basis", "code_turn", "code_words", "label_mass"))
     path = rewritten(made, tmp_path / "c", {"version": "2"}, **without)
     assert same(Calibration.load(path, FINGERPRINT), dataclasses.replace(made, codes=None, text="t"))
     assert not has_codes(str(path)) and has_codes(None)
+    path = rewritten(made, tmp_path / "c", {"version": "3"}, label_mass=None)
+    assert same(Calibration.load(path, FINGERPRINT), dataclasses.replace(made, text="t"))
     assert has_codes(str(rewritten(made, tmp_path / "c")))
     path.write_text("{}")
     assert not has_codes(str(path))
@@ -375,9 +397,8 @@ def test_version_2_has_no_codes_and_is_read(made: Calibration, tmp_path: Path) -
 
 def test_files_that_contradict_themselves_are_refused(made: Calibration, tmp_path: Path) -> None:
     path = tmp_path / "c"
-    assert same(Calibration.load(rewritten(made, path), FINGERPRINT), dataclasses.replace(made, text="t")), (
-        "the file is sound before it is spoilt"
-    )
+    sound = dataclasses.replace(made, text="t", label_mass=mass_of(made))
+    assert same(Calibration.load(rewritten(made, path), FINGERPRINT), sound), "the file is sound before it is spoilt"
     spoilt_importance = made.importance.clone()
     spoilt_importance[0, 0, 0] = torch.inf
     swapped = made.channels.clone()
@@ -402,6 +423,11 @@ def test_files_that_contradict_themselves_are_refused(made: Calibration, tmp_pat
         {"code_turn": made.codes.turn * torch.nan},
         {"code_basis": made.codes.basis.double()},
         {"code_words": made.codes.words[..., :2]},
+        {"label_mass": mass_of(made)[1:]},
+        {"label_mass": mass_of(made)[:, 1:]},
+        {"label_mass": mass_of(made).double()},
+        {"label_mass": mass_of(made) * torch.nan},
+        {"label_mass": mass_of(made) - 0.5},
     ]
     for case in cases:
         assert "is a damaged calibration" in refused(rewritten(made, path, **case)), case

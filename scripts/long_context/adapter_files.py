@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from ds_offload.errors import InputError
 from long_context.adapted_llama import LINEAR, NORMS, AdaptedLlama
 
 STATE = "training_state.safetensors"
@@ -54,10 +56,47 @@ def save_adapter(model: AdaptedLlama, folder: Path, base: str) -> None:
         "inference_mode": True,
     }
     changes = {"max_position_embeddings": shape.max_positions, "rope_theta": shape.rope_theta}
+    _write(folder, tensors, config, changes)
+
+
+def scale_adapter(folder: Path, scaled: Path, base: PreTrainedModel, share: float) -> None:
+    """Write an adapter that goes `share` of the way from the base model's weights to the adapted ones.
+
+    Between the two a model keeps more of what the base model could (WiSE-FT, arXiv 2109.01903). The config's changes,
+    positions and RoPE base, are kept whole.
+
+    Args:
+        folder: The adapter.
+        scaled: Where the new one is written.
+        base: The base model, on the CPU.
+        share: From 0 to 1.
+
+    Raises:
+        InputError: Another share, or a folder that holds no adapter of this model.
+    """
+    if not 0 <= share <= 1:
+        raise InputError(f"a share of {share:g}: give one from 0 (the base model) to 1 (the adapter)")
+    weights = dict(base.named_parameters())
+    try:
+        tensors = load_file(folder / WEIGHTS)
+        config, changes = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (CONFIG, CHANGES))
+        for name, tensor in tensors.items():
+            if name.endswith(".lora_B.weight"):
+                tensors[name] = (share * tensor.float()).to(tensor.dtype)
+            elif not name.endswith(".lora_A.weight"):
+                whole = weights[name.removeprefix("base_model.model.")].detach().float()
+                tensors[name] = torch.lerp(whole, tensor.float(), share).to(tensor.dtype)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder} holds no adapter of this model: {error}") from error
+    _write(scaled, tensors, config, changes)
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], changes: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
-    _replace(folder / CHANGES, lambda path: path.write_text(json.dumps(changes, indent=2) + "\n", encoding="utf-8"))
+    for name, fields in ((CONFIG, config), (CHANGES, changes)):
+        text = json.dumps(fields, indent=2) + "\n"
+        _replace(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
 
 
 def save_state(

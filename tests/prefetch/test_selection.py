@@ -86,7 +86,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_share(groups: int) -> Non
     window, length = AttentionWindow(1, 2), 80
     labels, keys = make_labels([length], 1)
     query = torch.randn(1, groups, HEAD_DIM, generator=torch.Generator().manual_seed(3))
-    selection = Selector(labels, window, 0.25, top_p=0.6).select(0, query, make_step([length], [70], window))
+    selection = Selector(labels, window, 0.25, top_p=[0.6]).select(0, query, make_step([length], [70], window))
     kept = selection.tokens[0, 0][selection.tokens[0, 0] >= 0]
     assert selection.keep.tolist() == [[len(kept)]]
     weights = (torch.einsum("gd,td->gt", query[0], keys[0][0][:-1]) * 0.25).softmax(-1).sum(0) / groups
@@ -95,9 +95,9 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_share(groups: int) -> Non
     assert weights[kept].sum() + forced - weights[kept].min() < 0.6
 
 
-@pytest.mark.parametrize("top_p", [None, 0.6])
+@pytest.mark.parametrize("top_p", [None, [0.6]])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_first_token_selects_nothing(groups: int, top_p: float | None) -> None:
+def test_a_first_token_selects_nothing(groups: int, top_p: list[float] | None) -> None:
     labels, _ = make_labels([1, 30], 1)
     query = torch.randn(2, groups, HEAD_DIM)
     window = AttentionWindow(0, 0)
@@ -105,8 +105,8 @@ def test_a_first_token_selects_nothing(groups: int, top_p: float | None) -> None
     assert (tokens[0] == -1).all() and (tokens[1, :, 0] >= 0).all()
 
 
-@pytest.mark.parametrize("top_p", [None, 0.6])
-def test_the_look_ahead_takes_the_selection_and_the_next_best(top_p: float | None) -> None:
+@pytest.mark.parametrize("top_p", [None, [0.6]])
+def test_the_look_ahead_takes_the_selection_and_the_next_best(top_p: list[float] | None) -> None:
     window, length = AttentionWindow(1, 2), 200
     labels, _ = make_labels([length, 90], 2)
     query = torch.randn(2, 4, HEAD_DIM, generator=torch.Generator().manual_seed(5))
