@@ -5,8 +5,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ds_offload.adapter import change_config, merge_adapter
+from ds_offload.errors import InputError
 from long_context.adapted_llama import AdaptedLlama, AdapterShape
-from long_context.adapter_files import CONFIG, save_adapter
+from long_context.adapter_files import CONFIG, WEIGHTS, save_adapter, scale_adapter
 
 SIZES = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "head_dim": 8}
 SHAPE = AdapterShape(attention_rank=4, mlp_rank=2, rope_theta=5e5, max_positions=256)
@@ -151,3 +152,33 @@ def test_a_merged_model_is_the_adapted_one(tmp_path) -> None:
     logits = made.hidden(ids, positions) @ made.embedding.T
     error = loaded(ids, position_ids=positions).logits - logits
     assert error.norm() < 1e-3 * logits.norm()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.75, 1.0])
+def test_a_scaled_adapter_lies_between_the_base_model_and_the_adapted_one(tmp_path, share: float) -> None:
+    base = llama()
+    save_adapter(adapted(llama()), tmp_path / "whole", "base")
+    scale_adapter(tmp_path / "whole", tmp_path / "scaled", base, share)
+    whole, scaled = llama(), llama()
+    merge_adapter(whole, tmp_path / "whole")
+    merge_adapter(scaled, tmp_path / "scaled")
+    config = scaled.config
+    change_config(config, tmp_path / "scaled")
+    assert config.max_position_embeddings == SHAPE.max_positions
+    others = dict(whole.named_parameters()), dict(base.named_parameters())
+    for name, weight in scaled.named_parameters():
+        expected = torch.lerp(others[1][name], others[0][name], share)
+        torch.testing.assert_close(weight, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_share_or_folder_that_makes_no_adapter_is_refused_and_writes_nothing(tmp_path) -> None:
+    base = llama()
+    save_adapter(adapted(llama()), tmp_path / "whole", "base")
+    with pytest.raises(InputError, match=r"a share of 1.5: give one from 0"):
+        scale_adapter(tmp_path / "whole", tmp_path / "scaled", base, 1.5)
+    with pytest.raises(InputError, match="holds no adapter of this model"):
+        scale_adapter(tmp_path, tmp_path / "scaled", base, 0.5)
+    (tmp_path / "whole" / WEIGHTS).write_bytes(b"cut short")
+    with pytest.raises(InputError, match="holds no adapter of this model"):
+        scale_adapter(tmp_path / "whole", tmp_path / "scaled", base, 0.5)
+    assert not (tmp_path / "scaled").exists()
