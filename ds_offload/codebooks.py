@@ -47,6 +47,10 @@ class CodeSample:
         """The layer's code."""
         return fit_codes(torch.cat(self._keys, 1), self._powers)
 
+    def fit_to_others(self) -> ProductCode:
+        """A code that has not seen the keys of the first `add`, to be judged by them; the layer's own after one."""
+        return fit_codes(torch.cat(self._keys[1:] or self._keys, 1), self._powers)
+
 
 def fit_codes(keys: Tensor, powers: Tensor) -> ProductCode:
     """The code of one layer's KV heads. The same keys and powers always give the same code on a device.

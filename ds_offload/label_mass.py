@@ -26,7 +26,7 @@ def label_mass(query: Tensor, key: Tensor, code: ProductCode, scaling: float) ->
     """The exact attention of tokens that labels choose, by the share that they promise.
 
     For every share the fewest tokens are taken whose weights by label, together with the window's, reach it, as
-    `Selector` takes them.
+    `Selector` takes them. Queries whose window promises the share alone do not count: they take nothing.
 
     Args:
         query: `[n, H, D]` at the positions `asking(N)` of one context.
@@ -35,7 +35,7 @@ def label_mass(query: Tensor, key: Tensor, code: ProductCode, scaling: float) ->
         scaling: Factor of the attention scores.
 
     Returns:
-        `[len(SHARES)]` float32: means over queries and KV heads.
+        `[len(SHARES)]` float32: means over queries and KV heads; the share itself where no query counts.
     """
     tokens, kv_heads, _ = key.shape
     positions = asking(tokens).to(key.device)
@@ -46,7 +46,7 @@ def label_mass(query: Tensor, key: Tensor, code: ProductCode, scaling: float) ->
     future = seen >= positions[:, None]
     forced = (seen < _WINDOW.sinks) | (seen >= positions[:, None] - _WINDOW.recent)
     labels = decode_product(rows, code)
-    mass = torch.zeros(len(SHARES), dtype=torch.float64, device=key.device)
+    total, count = torch.zeros(2, len(SHARES), dtype=torch.float64, device=key.device)
     of_group = query.float().unflatten(1, (kv_heads, -1)).transpose(0, 1)
     for head, queries in enumerate(of_group):
         by_label, exact = (
@@ -60,8 +60,11 @@ def label_mass(query: Tensor, key: Tensor, code: ProductCode, scaling: float) ->
         found = exact.masked_fill(forced, 0).gather(1, order)
         window = exact.masked_fill(~forced, 0).sum(-1)
         for number, share in enumerate(SHARES):
-            mass[number] += (window + torch.where(before < share, found, 0).sum(-1)).mean().double()
-    return (mass / kv_heads).float().cpu()
+            counts = before[:, 0] < share
+            mass = window + torch.where(before < share, found, 0).sum(-1)
+            total[number] += (mass * counts).sum()
+            count[number] += counts.sum()
+    return torch.where(count > 0, total / count, total.new_tensor(SHARES)).float().cpu()
 
 
 def shares_for(mass: Tensor | None, top_p: float, layers: int) -> list[float]:

@@ -250,6 +250,9 @@ def test_masses_are_kept_where_contexts_are_long_enough(tmp_path: Path) -> None:
     assert (made.label_mass.diff(dim=-1) >= 0).all() and (made.label_mass[:, -1] > 0.97).all()
     made.save(tmp_path / "c")
     assert same(Calibration.load(tmp_path / "c", FINGERPRINT), made)
+    judged = calibrate(decoder, ids + token_ids(100, 2), block=LEAST_TOKENS, fingerprint=FINGERPRINT, text="t")
+    assert judged.label_mass is not None
+    assert judged.label_mass.mean() < made.label_mass.mean(), "by other keys than those that words were fitted to"
     short = calibrate(decoder, ids[1:], block=LEAST_TOKENS, fingerprint=FINGERPRINT, text="t")
     assert short.label_mass is None
 
