@@ -1,10 +1,11 @@
-"""Prints results of `ds-offload bench --json` as rows of a Markdown table: `scripts/benchmarks.py FILE...`."""
+"""Prints what `ds-offload bench --json` and `run --json` gave as rows of a table: `scripts/benchmarks.py FILE...`."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 # Figures beside the time, where a row has them.
 EXTRAS = {
@@ -21,9 +22,26 @@ EXTRAS = {
 }
 
 
+def print_run(name: str, result: dict[str, Any]) -> None:
+    """One row of a run: its times, and the plan beside what was measured."""
+    stats = result["stats"]
+    peak, planned, pinned = (
+        (stats[key] or 0) / 2**30 for key in ("gpu_peak_bytes", "gpu_planned_bytes", "host_pinned_bytes")
+    )
+    prompt, prefill = result["prompt_tokens"], stats["prefill_s"]
+    print(
+        f"| {name} | {prompt:,} tokens in {prefill:.2f} s, {prompt / prefill:,.0f} tokens/s "
+        f"| {stats['decode_ms_per_token']:.1f} ms/token | GPU {peak:.2f} GiB, planned {planned:.2f} "
+        f"| host {pinned:.2f} GiB pinned | {result['config']['kv_dtype']} |"
+    )
+
+
 def main() -> None:
     for name in sys.argv[1:]:
         result = json.loads(Path(name).read_text(encoding="utf-8"))
+        if "stats" in result:
+            print_run(Path(name).stem, result)
+            continue
         limits = ", ".join(
             f"{key.removesuffix('_bytes_per_s')} {n / 1e9:.1f} GB/s" for key, n in result["limits"].items()
         )

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the benchmarks of docs/benchmarks.md on a machine with an NVIDIA GPU, 125 GiB of RAM and 80 GB of GPU memory.
 #   scripts/benchmarks.sh FOLDER [PART|NAME...]
-# The parts are headline, long, contexts, batches, quantised, attention, kernels, prefill, transformers, text, sessions
-# and sanitizer; without any all run. Each benchmark leaves FOLDER/NAME.json; the tables are printed as they come.
+# The parts are headline, long, contexts, batches, quantised, attention, kernels, prefill, runs, transformers, text,
+# sessions and sanitizer; without any all run. Each benchmark leaves FOLDER/NAME.json; the tables are printed as they come.
 # TEXT=FILE is what the default model reads (default: these docs), SMOLLM2=PATH another copy of it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -78,6 +78,27 @@ bench gather gather --samples 10
 
 part=prefill
 bench prefill-64k prefill --model llama-2-7b --ctx 64k --repeats 1
+
+# run NAME TOKENS OPTION...: a prompt of so many bytes, which are tokens where weights are random, and 32 new tokens.
+run() {
+  local name=$1 tokens=$2
+  shift 2
+  is_wanted "$name" || return 0
+  echo "==> $name: ds-offload run, $tokens tokens, $*"
+  yes "A line of a prompt that means nothing." | head -c "$tokens" >"$folder/$name.txt" || true
+  if measure "$name" "$python" -m ds_offload run --load-format dummy --prompt-file "$folder/$name.txt" --chat false \
+    --max-new-tokens 32 --json "$@"; then
+    "$python" scripts/benchmarks.py "$folder/$name.json"
+  fi
+  rm -f "$folder/$name.txt"
+}
+
+part=runs
+run run-7b-256k 262000 --model llama-2-7b --ctx 256k --gpu-memory 24GiB
+run run-7b-16k 16000 --model llama-2-7b --ctx 16k
+run run-7b-128k 131000 --model llama-2-7b --ctx 128k
+run run-8b-256k 262000 --model llama-3.1-8b --ctx 256k
+run run-8b-512k 524000 --model llama-3.1-8b --ctx 512k --token-budget 2048
 
 part=transformers
 bench transformers decode --model llama-2-7b --ctx 16k "${short[@]}" --variants ours --with-transformers
