@@ -86,7 +86,7 @@ run() {
   is_wanted "$name" || return 0
   echo "==> $name: ds-offload run, $tokens tokens, $*"
   yes "A line of a prompt that means nothing." | head -c "$tokens" >"$folder/$name.txt" || true
-  if measure "$name" "$python" -m ds_offload run --load-format dummy --prompt-file "$folder/$name.txt" --no-chat \
+  if measure "$name" "$python" -m ds_offload run --load-format dummy --prompt-file "$folder/$name.txt" \
     --max-new-tokens 32 --json "$@"; then
     "$python" scripts/benchmarks.py "$folder/$name.json"
   fi
