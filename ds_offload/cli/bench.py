@@ -70,7 +70,7 @@ def decode(
         ),
     ] = None,
     with_transformers: Annotated[
-        bool, typer.Option("--with-transformers", help="Time transformers' offloaded cache too; slow.")
+        bool, typer.Option("--with-transformers", metavar="", help="Time transformers' offloaded cache too; slow.")
     ] = False,
     text: Annotated[
         str | None,
@@ -120,7 +120,7 @@ def prefill(
     dtype: Annotated[str, typer.Option("--dtype", metavar="bf16|fp16|fp32", help="dtype of the weights.")] = "bf16",
     repeats: Annotated[str, typer.Option("--repeats", metavar="N", help="Prefills that are timed, after one.")] = "2",
     with_transformers: Annotated[
-        bool, typer.Option("--with-transformers", help="Time transformers' own prefill too, where it fits.")
+        bool, typer.Option("--with-transformers", metavar="", help="Time transformers' own prefill too, where it fits.")
     ] = False,
 ) -> None:
     """A prompt of --ctx random tokens (default 32k on a GPU), read into a context."""
@@ -208,7 +208,9 @@ def attention(output: Output, sizes: dict[str, str]) -> None:
 
 
 for _command in (decode, prefill, attention, gather, select):
-    _debug = Annotated[bool | None, typer.Option("--debug", help="Show the traceback when something goes wrong.")]
+    _debug = Annotated[
+        bool | None, typer.Option("--debug", metavar="", help="Show the traceback when something goes wrong.")
+    ]
     app.command(name=_command.__name__)(add_options(_command, None, {"debug": _debug}))
 
 

@@ -42,7 +42,8 @@ _OUTPUT = {
     "device": _of_run("--device", "Where it runs.", "auto|cuda|cpu", "auto"),
     "plot": _of_run("--plot", "Picture of the rows; needs matplotlib.", "FILE.png", "none"),
     "json": Annotated[
-        bool | None, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel="Run and output")
+        bool | None,
+        typer.Option("--json", metavar="", help="Print one JSON object on stdout.", rich_help_panel="Run and output"),
     ],
 }
 _SAMPLES = _of_run("--samples", "Samples of each time.", "N", "30 on a GPU, 7 on a CPU")

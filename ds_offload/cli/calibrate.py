@@ -31,7 +31,7 @@ def calibrate(
         typer.Option("--out", metavar="FILE", help="File to write; default: where this model's calibration is kept."),
     ] = None,
     tokens: Annotated[str, typer.Option("--tokens", metavar="TOKENS", help="Most tokens of the text to use.")] = "4096",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Fit the labels of every KV head to your own text or the one that ships.
 

@@ -32,8 +32,8 @@ def doctor(
             help="Most host memory to page-lock in the trial, at most 80 % of what can be used. Default: 16GiB.",
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Measure nothing and page-lock nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", metavar="", help="Measure nothing and page-lock nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Look at driver, software, GPU, link and memory; each problem with its cure. Status 1 where something fails.
 

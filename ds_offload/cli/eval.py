@@ -54,7 +54,8 @@ def _of_task(kind: Any, name: str, help: str, metavar: str, default: str) -> Any
 _TASK = {
     "limit": _of_task(str, "--limit", "Most windows of a text, or most cases.", "N", "what suits the device"),
     "json": Annotated[
-        bool | None, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel="Evaluation")
+        bool | None,
+        typer.Option("--json", metavar="", help="Print one JSON object on stdout.", rich_help_panel="Evaluation"),
     ],
 }
 _TEXT = {
@@ -273,5 +274,7 @@ def _show(result: EvalResult, as_json: bool) -> None:
 
 
 for _command in (ppl, retrieval, longdoc, agreement, longbench, mmlu, sweep):
-    _debug = Annotated[bool | None, typer.Option("--debug", help="Show the traceback when something goes wrong.")]
+    _debug = Annotated[
+        bool | None, typer.Option("--debug", metavar="", help="Show the traceback when something goes wrong.")
+    ]
     app.command(name=_command.__name__)(add_options(_command, None, {"debug": _debug}))

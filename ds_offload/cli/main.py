@@ -39,8 +39,9 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help=_DEBUG_HELP)] = False,
+    # Flags have an empty metavar in all commands: typer would show them as if they took a value.
+    version: Annotated[bool, typer.Option("--version", metavar="", help="Show the version and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", metavar="", help=_DEBUG_HELP)] = False,
 ) -> None:
     if version:
         print(f"ds-offload {ds_offload.__version__}")
@@ -52,7 +53,7 @@ def _root(
 
 def _register(command: Callable[..., None]) -> None:
     """Adds a command; --debug may stand after it too, and `main` reads the flag by itself."""
-    debug = Annotated[bool | None, typer.Option("--debug", help=_DEBUG_HELP)]
+    debug = Annotated[bool | None, typer.Option("--debug", metavar="", help=_DEBUG_HELP)]
     app.command(name=command.__name__)(add_options(command, None, {"debug": debug}))
 
 

@@ -30,7 +30,9 @@ def plan(
             help="A GPU that need not be there, by its published figures: h100, a100, rtx4090, rtx3090, l4, a10g.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print one JSON object and nothing else.")
+    ] = False,
 ) -> None:
     """Plan a run of --ctx tokens from the model's config alone: memory, times, and what makes it fit.
 

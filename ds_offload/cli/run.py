@@ -48,8 +48,12 @@ def run(
         str | None,
         typer.Option("--question", "-q", metavar="TEXT", help="A question about the prompt, which is then a document."),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", metavar="", help="Put the prompt through the model's chat template.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print one JSON object and nothing else.")
+    ] = False,
     trace: Annotated[
         str | None, typer.Option("--trace", metavar="FILE", help="Write a Chrome trace of a few decode steps.")
     ] = None,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Documents kept read by `ds-offload run --session`: list, show, verify, rm.")
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME|PATH", help="A session's name, or its folder.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object and nothing else.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -122,5 +122,7 @@ def _facts(folder: Path, header: SessionHeader) -> dict[str, Any]:
 
 _COMMANDS: dict[str, Callable[..., None]] = {"list": list_sessions, "show": show, "verify": verify, "rm": rm}
 for _name, _command in _COMMANDS.items():
-    _debug = Annotated[bool | None, typer.Option("--debug", help="Show the traceback when something goes wrong.")]
+    _debug = Annotated[
+        bool | None, typer.Option("--debug", metavar="", help="Show the traceback when something goes wrong.")
+    ]
     app.command(name=_name)(add_options(_command, None, {"debug": _debug}))

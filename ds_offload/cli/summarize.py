@@ -29,7 +29,9 @@ def summarize(
     words: Annotated[str, typer.Option("--words", help="About how long the summary should be.", metavar="N")] = str(
         DEFAULT_WORDS
     ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print one JSON object and nothing else.")
+    ] = False,
 ) -> None:
     """Summarize whole text files, all of them in one context."""
     documents = read_documents(files)
