@@ -111,6 +111,11 @@ if [[ -z ${TEXT:-} ]]; then
 fi
 bench text-8k decode --model "${SMOLLM2:-smollm2-135m}" --ctx 8000 --text "$text" --warm-ups 60 --steps 60 \
   --variants ours,prefetch-exact,compute-only,paper
+# What a hot set finds in a long text: TEXT must have 64,000 tokens, which these docs have not.
+for hot_set in 1.25 2 4; do
+  bench "text-64k-$hot_set" decode --model smollm2-135m-64k --dtype bf16 --ctx 64000 --text "$text" --hot-set "$hot_set" \
+    --warm-ups 60 --steps 60 --variants ours
+done
 
 part=sessions
 if is_wanted sessions-16k; then
