@@ -71,9 +71,9 @@ def test_prefill_grows_with_the_prompt_and_not_with_the_layers(tmp_path: Path) -
             for prompt in (10_000, 20_000):
                 plans[layers, prompt] = plan_request(gen.loaded.source, gen.config, [prompt], [prompt + 1]).prefill
     assert plans[2, 10_000] == plans[8, 10_000]
-    # Four bytes each: hidden, queries, two layers' K/V, RoPE; and the MLP's chunk, which both prompts fit in.
-    # Eight of the token ids.
-    per_token = 64 + 64 + 4 * 2 * 16 + 2 * 16 + 4 * (128 + 64)
+    # Four bytes each: hidden, queries, two layers' K/V, RoPE; and the MLP's chunk, which both prompts fit in: its norm,
+    # gate and up. Eight of the token ids.
+    per_token = 64 + 64 + 4 * 2 * 16 + 2 * 16 + 64 + 2 * 128
     assert plans[2, 20_000] - plans[2, 10_000] == 10_000 * (4 * per_token + 8)
 
 

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -96,8 +95,9 @@ def test_the_wheel_has_the_command(wheel: Path) -> None:
 def test_a_wheel_from_the_source_distribution_is_the_same(tree: Path, wheel: Path) -> None:
     run([sys.executable, "setup.py", "-q", "sdist", "--dist-dir", tree.parent / "sdist"], tree)
     (source,) = (tree.parent / "sdist").iterdir()
-    with tarfile.open(source) as archive:
-        archive.extractall(tree.parent / "unpacked", filter="data")
+    (tree.parent / "unpacked").mkdir()
+    # Python's own takes `filter` from 3.11.4 on, and warns without it later.
+    run(["tar", "-xf", source, "-C", tree.parent / "unpacked"], tree.parent)
     (unpacked,) = (tree.parent / "unpacked").iterdir()
     run([*PIP, "wheel", *OFFLINE, "--wheel-dir", tree.parent / "again", unpacked], tree.parent)
     (again,) = (tree.parent / "again").iterdir()
