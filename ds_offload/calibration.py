@@ -125,7 +125,8 @@ def calibrate(
         if has_parts(decoder.head_dim):
             codes.append(sample.fit())
             if len(blocks[0]) >= LEAST_TOKENS:
-                masses.append(label_mass(*first, sample.fit_to_others(), decoder.scaling))
+                judged = sample.fit_to_others() if len(blocks) > 1 else codes[-1]
+                masses.append(label_mass(*first, judged, decoder.scaling))
     importance = query_sum.unflatten(1, (decoder.kv_heads, -1)).sum(2) * key_sum / len(ids) ** 2
     factor = _key_factor(key_squares, query_squares)
     fitted = stack_codes(codes) if codes else None

@@ -38,6 +38,8 @@ class CallPlanner:
         self._calibration: Calibration | None = None
         # Said once the first prompt has passed its checks: a refused one ends in one line.
         self._announcements: list[str] = []
+        # Said once, when it is known what the labels are.
+        self._promised = config.budget.top_p is not None
         # Chosen anew for each call.
         self._open: dict[str, Any] = {"hot_set": None} if config.hot_set is None else {}
         if config.kv_dtype == "auto":
@@ -96,4 +98,10 @@ class CallPlanner:
         """The model's calibration, found or made; of `prompt` where the model has no tokenizer."""
         if self._calibration is None:
             self._calibration = find_or_make_calibration(self.loaded, self.decoder, None, prompt)
+        if self._promised and (self.config.label_code != "product" or self._calibration.label_mass is None):
+            notice(
+                f"token_budget={self.config.budget}: nothing is known of what these labels promise, so they are taken at "
+                "their word; product codes of a calibration made by this version are corrected"
+            )
+        self._promised = False
         return self._calibration

@@ -48,8 +48,8 @@ class CodeSample:
         return fit_codes(torch.cat(self._keys, 1), self._powers)
 
     def fit_to_others(self) -> ProductCode:
-        """A code that has not seen the keys of the first `add`, to be judged by them; the layer's own after one."""
-        return fit_codes(torch.cat(self._keys[1:] or self._keys, 1), self._powers)
+        """A code that has not seen the keys of the first of several `add`s, to be judged by them."""
+        return fit_codes(torch.cat(self._keys[1:], 1), self._powers)
 
 
 def fit_codes(keys: Tensor, powers: Tensor) -> ProductCode:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ds_offload.config import OffloadConfig
 from ds_offload.kernels.product_code import ProductCode, decode_product, encode_product
 from ds_offload.memory.window import AttentionWindow
 
@@ -13,8 +14,7 @@ SHARES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99, 0.
 # The least context that says anything, and how many of its tokens ask.
 LEAST_TOKENS = 512
 QUERIES = 64
-# As `OffloadConfig` has it by default.
-_WINDOW = AttentionWindow(4, 64)
+_WINDOW = AttentionWindow(OffloadConfig.sink_tokens, OffloadConfig.recent_tokens)
 
 
 def asking(tokens: int) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from product_cases import product_code
+from tiny_models import random_prompts, save_tiny, tiny_config
 
+from ds_offload import OffloadConfig, OffloadedGenerator
 from ds_offload.codebooks import fit_codes
-from ds_offload.label_mass import SHARES, asking, label_mass, shares_for
+from ds_offload.label_mass import LEAST_TOKENS, SHARES, asking, label_mass, shares_for
 from ds_offload.memory.label_cache import LabelCache
 from ds_offload.memory.label_code import ProductLabels
 from ds_offload.memory.window import AttentionWindow
@@ -76,3 +80,15 @@ def test_a_mass_that_falls_by_noise_is_read_from_below() -> None:
     mass[0, 3] = mass[0, 2] - 0.01
     (share,) = shares_for(mass, SHARES[3], 1)
     assert SHARES[3] <= share <= SHARES[4]
+
+
+@pytest.mark.parametrize(("changes", "said"), [({}, False), ({"label_bits": 2}, True)])
+def test_a_top_p_budget_says_once_where_nothing_corrects_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, int], said: bool
+) -> None:
+    save_tiny(tmp_path, tiny_config("llama"))
+    config = OffloadConfig(max_context=1024, token_budget="top-p:0.9", **changes)
+    with OffloadedGenerator.from_pretrained(str(tmp_path), config=config, device="cpu") as generator:
+        for _ in range(2):
+            generator.generate(random_prompts(LEAST_TOKENS)[0], max_new_tokens=2)
+    assert capsys.readouterr().err.count("taken at their word") == int(said)
