@@ -100,8 +100,8 @@ class CallPlanner:
             self._calibration = find_or_make_calibration(self.loaded, self.decoder, None, prompt)
         if self._promised and (self.config.label_code != "product" or self._calibration.label_mass is None):
             notice(
-                f"token_budget={self.config.budget}: nothing is known of what these labels promise, so they are taken at "
-                "their word; product codes of a calibration made by this version are corrected"
+                f"token_budget={self.config.budget}: nothing is known of what these labels promise, so they are taken "
+                "at their word; product codes of a calibration made by this version are corrected"
             )
         self._promised = False
         return self._calibration
