@@ -46,7 +46,7 @@ class ContextStores:
         self._kept = kept
         self._on_disk = config.kv_dir is not None
         self._pool: SegmentPool = (
-            PinnedPool(decoder.device, _PAGEABLE_COST, kept)
+            PinnedPool(decoder.device, _PAGEABLE_COST, kept, in_place=True)
             if config.kv_dir is None
             else FileSegments(config.kv_dir, decoder.device)
         )

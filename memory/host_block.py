@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import math
 import mmap
+import os
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ds_offload.memory import page_locking
+from ds_offload.memory import managed_memory, page_locking
 
 PAGE = mmap.PAGESIZE
 # A refused part is locked in halves down to pieces of this size.
@@ -21,6 +23,8 @@ SMALLEST_PIECE = 8 << 20
 PART_BYTES = 16 << 20
 # Of madvise: fault pages in for writing (Linux 5.14), without writing them a second time as memset does.
 _POPULATE_WRITE = 23
+# Writing such pages by hand would end in a signal: no memory, or a fault that nobody could serve.
+_NO_PAGES = (errno.ENOMEM, errno.EFAULT)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class BlockLayout:
         nbytes: Bytes of a block that are used; it is whole pages.
         grain: Copies between host and device do not cross multiples of this; None: they may be anywhere.
         part: A block is wanted in parts that end at multiples of this, itself one of `grain`; None: as a whole.
+        in_place: Kernels read it here and there, and copies go through `managed_memory.on_device`: it is managed
+            memory where the device has that.
 
     Raises:
         ValueError: A size below 1, or a part that is not whole grains.
@@ -39,6 +45,7 @@ class BlockLayout:
     nbytes: int
     grain: int | None = None
     part: int | None = None
+    in_place: bool = False
 
     def __post_init__(self) -> None:
         if self.nbytes < 1:
@@ -70,16 +77,19 @@ class BlockLayout:
 
 @dataclass(eq=False)
 class HostBlock:
-    """A private mapping and the pieces of it, (address, bytes), that are page-locked for `device`.
+    """Host memory and the pieces of it, (address, bytes), that `device` reaches and that are not swapped out.
+
+    A private mapping, whose pieces are page-locked, or managed memory, which is never swapped out.
 
     Attributes:
+        memory: The mapping; None: managed memory.
         holders: Pools that hold it.
         pageable: Whether the driver refused to lock it as a whole.
     """
 
     layout: BlockLayout
     device: torch.device
-    memory: mmap.mmap
+    memory: mmap.mmap | None
     address: int
     pieces: list[tuple[int, int]] = field(default_factory=list)
     holders: int = 1
@@ -87,11 +97,14 @@ class HostBlock:
 
     @classmethod
     def map(cls, layout: BlockLayout, device: torch.device) -> HostBlock:
-        """A mapping that takes no memory yet, and reads zeros.
+        """Memory that takes no pages yet, and reads zeros.
 
         Raises:
             MemoryError: The system gives no such mapping.
         """
+        managed = managed_memory.allocate(device, layout.size) if layout.in_place else None
+        if managed is not None:
+            return cls(layout, device, None, managed)
         # Private, since shared memory gets no huge pages by default: with them a block is touched and locked
         # several times as fast.
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
@@ -111,13 +124,19 @@ class HostBlock:
         return self.layout.size
 
     @property
+    def managed(self) -> bool:
+        """Whether it is managed memory."""
+        return self.memory is None
+
+    @property
     def locked_bytes(self) -> int:
         """Bytes that are page-locked."""
         return sum(size for _, size in list(self.pieces))
 
     def tensor(self) -> Tensor:
         """The bytes that are used, uint8 `[nbytes]`."""
-        return torch.frombuffer(self.memory, dtype=torch.uint8, count=self.layout.nbytes)
+        memory = self.memory or (ctypes.c_ubyte * self.size).from_address(self.address)
+        return torch.frombuffer(memory, dtype=torch.uint8, count=self.layout.nbytes)
 
     def lock(self, first: int, last: int) -> int:
         """Page-lock bytes `first` to `last`, whole or in the largest pieces that the driver takes, or nothing of them.
@@ -131,7 +150,7 @@ class HostBlock:
             address, size = pending.pop()
             # Listed first: whatever interrupts the call, `unlock` finds it.
             self.pieces.append((address, size))
-            code = page_locking.lock_pages(self.device, address, size)
+            code = page_locking.lock_pages(self.device, address, size) if not self.managed else 0
             if code == 0:
                 taken.append(address)
                 continue
@@ -157,32 +176,50 @@ class HostBlock:
         """Unlock all of it; the device is done with it."""
         while self.pieces:
             address, _ = self.pieces.pop()
-            page_locking.unlock_pages(self.device, address)
+            if not self.managed:
+                page_locking.unlock_pages(self.device, address)
 
     def release(self) -> None:
-        """Unlock it and give its pages back; it reads zeros then, and is unmapped with the last tensor over it."""
+        """Unlock it and give its pages back, and managed memory's addresses with them.
+
+        A mapping reads zeros then, and is unmapped with the last tensor over it.
+        """
         self.unlock()
+        if self.memory is None:
+            managed_memory.free(self.device, self.address)
+            return
         # Tensors over the block may outlive this, in the frames of an exception for one: the pages must not.
         with contextlib.suppress(AttributeError, OSError):
             self.memory.madvise(mmap.MADV_DONTNEED)
 
 
 def touch(address: int, size: int) -> None:
-    """Fault in the pages of a mapping that reads zeros, without the interpreter lock."""
-    if not _populate(address, size):
+    """Fault in the pages of a mapping that reads zeros, without the interpreter lock.
+
+    Raises:
+        MemoryError: The system has no pages for them.
+    """
+    code = _populate(address, size)
+    if code in _NO_PAGES:
+        raise MemoryError(f"no {size / 2**20:.0f} MiB of host memory for the KV cache: {os.strerror(code)}")
+    if code:
         ctypes.memset(address, 0, size)
 
 
-def _populate(address: int, size: int) -> bool:
-    """Whether the system did it by itself; an older one does not know how."""
+def _populate(address: int, size: int) -> int:
+    """0 where the system did it by itself, or its code; an older one does not know how."""
     libc = _libc()
-    return libc is not None and libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _POPULATE_WRITE) == 0
+    if libc is None:
+        return errno.ENOSYS
+    if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _POPULATE_WRITE) == 0:
+        return 0
+    return ctypes.get_errno()
 
 
 @functools.cache
 def _libc() -> ctypes.CDLL | None:
     try:
-        libc = ctypes.CDLL(None)
+        libc = ctypes.CDLL(None, use_errno=True)
     except (OSError, TypeError):
         return None
     return libc if hasattr(libc, "madvise") else None

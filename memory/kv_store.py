@@ -12,6 +12,7 @@ from ds_offload.kernels.append import append_rows
 from ds_offload.kernels.gather import gather_rows
 from ds_offload.kernels.segment_table import SegmentTable
 from ds_offload.kernels.slot_attention_launch import StoredRows
+from ds_offload.memory import managed_memory
 from ds_offload.memory.file_segments import FileSegments, read_ahead
 from ds_offload.memory.segment_pool import SegmentPool
 from ds_offload.memory.staged_rows import StagedRows
@@ -247,7 +248,7 @@ class KVStore:
         begin = 0
         staged: list[tuple[Tensor, Tensor]] = []
         for number, first, last in self._spans(start, start + rows.shape[1]):
-            stored = self.table.tensors[sequence][number][self._index[layer], :, first:last]
+            stored = self._within_reach(sequence, number)[self._index[layer], :, first:last]
             part = rows[:, begin : begin + last - first]
             begin += last - first
             source, target = (part, stored) if to_store else (stored, part)
@@ -255,14 +256,20 @@ class KVStore:
                 read_ahead(stored)
             if self._staged is not None and self._staged.holds(sequence, number):
                 staged += zip(source, target, strict=True)
-            elif self._pool is None or rows.device.type == "cpu":
-                target.copy_(source)
+            elif stored.device == rows.device:
+                _words(target).copy_(_words(source))
             else:
                 # One contiguous copy a head: a strided one would be staged on the host.
                 for to, of in zip(target, source, strict=True):
                     to.copy_(of, non_blocking=True)
         if self._staged is not None and staged:
             (self._staged.ring.to_host if to_store else self._staged.ring.to_device)(staged)
+
+    def _within_reach(self, sequence: int, number: int) -> Tensor:
+        """A segment as a tensor of the device, where it is such memory, or as it is."""
+        segment = self.table.tensors[sequence][number]
+        view = managed_memory.on_device(segment) if self._pool is not None else None
+        return segment if view is None else view[: segment.nbytes].view(self.dtype).view(self._shape)
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Where tokens `start` to `stop` lie: a segment's number, and the first and last of its rows."""
@@ -300,3 +307,8 @@ class KVStore:
         sizes = {"grain": self._layer_bytes // self._shape[1], "part": self._layer_bytes}
         blocks = self._pool.begin(self._shape[0] * self._layer_bytes, blocks=count, **sizes)
         return [block.view(self.dtype).view(self._shape) for block in blocks]
+
+
+def _words(rows: Tensor) -> Tensor:
+    """`rows` `[Hkv, n, 2, D]` in numbers of 8 bytes where they are such: a copy that is not of one piece is faster."""
+    return rows.view(torch.int64) if rows.shape[-1] * rows.element_size() % 8 == 0 else rows

@@ -22,7 +22,7 @@ def lock_pages(device: torch.device, address: int, size: int) -> int:
     with torch.cuda.device(device):
         code = int(torch.cuda.cudart().cudaHostRegister(address, size, 0))
         if code:
-            _clear_error()
+            clear_error()
     return code
 
 
@@ -30,7 +30,7 @@ def unlock_pages(device: torch.device, address: int) -> None:
     """Undo `lock_pages` of the memory that begins at `address`."""
     with torch.cuda.device(device):
         if int(torch.cuda.cudart().cudaHostUnregister(address)):
-            _clear_error()
+            clear_error()
 
 
 def synchronize(device: torch.device) -> None:
@@ -48,12 +48,12 @@ def refusal_text(size: int, held: int, code: int) -> str:
     )
 
 
-def _clear_error() -> None:
+def clear_error() -> None:
     """Take a failed call's code off this thread, where the next kernel launch would take it for its own.
 
     CUDA keeps the code for each thread, so the thread that made the call clears it.
     """
-    runtime = _cuda_runtime()
+    runtime = cuda_runtime()
     if runtime is not None:
         runtime.cudaGetLastError()
         return
@@ -63,7 +63,7 @@ def _clear_error() -> None:
 
 
 @functools.cache
-def _cuda_runtime() -> ctypes.CDLL | None:
+def cuda_runtime() -> ctypes.CDLL | None:
     """The runtime library that torch has loaded, whose `cudaGetLastError` torch does not pass on; None if not found."""
     version, only_loaded = torch.version.cuda, getattr(os, "RTLD_NOLOAD", None)
     if version is None or only_loaded is None:

@@ -35,10 +35,21 @@ class PinnedPool:
             by then, and all later ones, are left pageable, but for as many as the memory that
             was locked suffices for. None: a refusal is an error.
         kept: Where blocks go when the pool is closed, and come from again; None: the system.
+        in_place: Blocks are for kernels that read rows here and there: managed memory where the
+            device has it (`managed_memory`), which needs no page-locking. Copies between such a
+            block and the device go through `managed_memory.on_device`, and no tensor over it is
+            touched once the pool is closed: its addresses are gone then.
     """
 
-    def __init__(self, device: torch.device, pageable_cost: str | None = None, kept: KeptBlocks | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        pageable_cost: str | None = None,
+        kept: KeptBlocks | None = None,
+        in_place: bool = False,
+    ) -> None:
         self._device = device
+        self._in_place = in_place
         self._pageable_cost = pageable_cost
         self._kept = kept
         self._pin = device.type == "cuda"
@@ -101,7 +112,7 @@ class PinnedPool:
             ValueError: A size below 1, or `part` is not whole grains.
             MemoryError: The host has no such block.
         """
-        layout = BlockLayout(nbytes, grain, part)
+        layout = BlockLayout(nbytes, grain, part, self._in_place and self._pin)
         found = self._kept.take(layout, blocks) if self._kept is not None and self._pin else []
         self._blocks |= {block.address: block for block in found}
         new: list[HostBlock] = []
@@ -192,7 +203,8 @@ class PinnedPool:
 
     def _prepare(self, blocks: list[HostBlock]) -> None:
         for block in blocks:
-            place_near(self._device, block.address, block.size)
+            if not block.managed:
+                place_near(self._device, block.address, block.size)
             block.pageable = self._refused is not None
         if self._refused is not None:
             return

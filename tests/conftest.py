@@ -27,6 +27,23 @@ def _fixed_seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _managed_memory_of_any_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small stores of the tests lie where a user's large ones do."""
+    if request.node.get_closest_marker("gpu"):
+        from ds_offload.memory import managed_memory
+
+        monkeypatch.setattr(managed_memory, "LARGE_PAGE", 1)
+
+
+@pytest.fixture
+def page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No managed memory, as on WSL: the store is page-locked."""
+    from ds_offload.memory import managed_memory
+
+    monkeypatch.setattr(managed_memory, "supported", lambda device: False)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The default model's folder, downloaded and converted on first use."""

@@ -12,7 +12,7 @@ from tiny_models import random_prompts, save_tiny, tiny_config
 
 from ds_offload import OffloadConfig, OffloadedGenerator
 from ds_offload.errors import MemoryPlanError
-from ds_offload.memory import page_locking
+from ds_offload.memory import page_locking, preparation
 from ds_offload.memory.host_block import BlockLayout, HostBlock
 from ds_offload.memory_check import memory_limits
 from ds_offload.planning.request import MemoryLimits
@@ -60,17 +60,21 @@ def test_a_call_leaves_no_more_than_its_plan_allows(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.gpu
-def test_a_second_call_locks_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("managed", [True, False])
+def test_a_second_call_takes_no_memory(managed: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if not managed:
+        request.getfixturevalue("page_locked")
     with make(tmp_path, "cuda") as gen:
         first = gen.generate(IDS, max_new_tokens=20)
         held = gen.kept.nbytes
         assert held == first.stats["host_pinned_bytes"] > 0
 
-        def never(device: torch.device, address: int, size: int) -> int:
-            raise AssertionError("memory was locked")
+        def never(*given: object) -> int:
+            raise AssertionError("memory was made ready")
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(page_locking, "lock_pages", never)
+            patch.setattr(preparation, "touch", never)
             second = gen.generate(IDS, max_new_tokens=20)
             streamed = gen.stream(IDS, max_new_tokens=20)
             next(streamed)

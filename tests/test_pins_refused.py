@@ -107,6 +107,7 @@ class RefusingDriver:
         del self.held[address]
 
 
+@pytest.mark.usefixtures("page_locked")
 @pytest.mark.gpu
 @pytest.mark.parametrize("ring", [True, False])
 @pytest.mark.parametrize("prefetch", ["off", "exact", "speculative"])
@@ -144,6 +145,7 @@ def test_staged_answers_on_a_gpu(
         assert again == expected and stats["host_pinned_bytes"] == stats["host_kv_bytes"]
 
 
+@pytest.mark.usefixtures("page_locked")
 @pytest.mark.gpu
 @pytest.mark.parametrize("first", [0, 2, 5, 8, 10, 14])
 def test_a_refusal_between_two_layers_of_a_segment(
@@ -167,6 +169,7 @@ def test_a_refusal_between_two_layers_of_a_segment(
     assert driver.held == {}
 
 
+@pytest.mark.usefixtures("page_locked")
 @pytest.mark.gpu
 @pytest.mark.parametrize("ring", [True, False])
 def test_a_streamed_prefill_reads_pageable_rows_back(

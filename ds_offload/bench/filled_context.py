@@ -45,7 +45,7 @@ class FilledRows:
     """
 
     def __init__(self, decoder: DecoderStack, config: OffloadConfig, sequences: int, capacity: int) -> None:
-        self._pool = PinnedPool(decoder.device) if config.kv_location == "host" else None
+        self._pool = PinnedPool(decoder.device, in_place=True) if config.kv_location == "host" else None
         self._device = decoder.device
         self._format = RowFormat.of(config.kv_dtype, decoder.dtype, decoder.head_dim)
         self._dtype = self._format.store_dtype

@@ -104,7 +104,7 @@ def bench_gather(device: torch.device, sizes: GatherSizes, samples: int) -> list
 def _store(device: torch.device, sizes: GatherSizes, row_bytes: int) -> Iterator[KVStore]:
     layers = sizes.layers(row_bytes)
     notice(f"bench gather: {layers * sizes.layer_bytes(row_bytes) / 2**30:.2f} GiB of rows of {row_bytes} bytes")
-    with PinnedPool(device) as pool:
+    with PinnedPool(device, in_place=True) as pool:
         store = KVStore(
             layers=range(layers),
             sequences=sizes.sequences,

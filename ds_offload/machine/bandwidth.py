@@ -140,8 +140,8 @@ def _copy_back(device: torch.device, watch: Stopwatch) -> float:
 
 
 def _gather(device: torch.device, watch: Stopwatch) -> float:
-    """Bytes a second of rows gathered from pinned memory in place."""
-    with PinnedPool(device) as pool:
+    """Bytes a second of rows gathered from host memory in place."""
+    with PinnedPool(device, in_place=True) as pool:
         store = KVStore(
             layers=range(1),
             sequences=1,

@@ -74,7 +74,7 @@ def prefer_node(address: int, size: int, node: int) -> None:
 
 def place_near(device: torch.device, address: int, size: int) -> None:
     """Prefer the GPU's node for a mapping, where there are several; what came of it is said once."""
-    node = _wanted_node(device)
+    node = wanted_node(device)
     if node is None:
         return
     try:
@@ -85,11 +85,16 @@ def place_near(device: torch.device, address: int, size: int) -> None:
             f"({error.strerror or error}); run under: numactl --preferred={node}"
         )
     else:
-        _say(f"pinned memory is placed on NUMA node {node}, which {device} is attached to")
+        say_placed(device, node)
+
+
+def say_placed(device: torch.device, node: int) -> None:
+    """Say once that host memory comes from a node."""
+    _say(f"pinned memory is placed on NUMA node {node}, which {device} is attached to")
 
 
 @functools.cache
-def _wanted_node(device: torch.device) -> int | None:
+def wanted_node(device: torch.device) -> int | None:
     """The node to prefer; None on a machine with one node, or where the GPU's is not known."""
     nodes = memory_nodes()
     if len(nodes) < 2:

@@ -78,13 +78,13 @@ def test_what_became_of_placing_is_said_once(
     monkeypatch.setattr(numa, "memory_nodes", lambda: [0, 1])
     monkeypatch.setattr(numa, "gpu_node", lambda device: 1)
     monkeypatch.setattr(numa, "prefer_node", prefer)
-    numa._wanted_node.cache_clear()
+    numa.wanted_node.cache_clear()
     numa._say.cache_clear()
     try:
         place_near(CUDA, 4096, 8192)
         place_near(CUDA, 16384, 4096)
     finally:
-        numa._wanted_node.cache_clear()
+        numa.wanted_node.cache_clear()
         numa._say.cache_clear()
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "NUMA node 1" in said[0]
@@ -99,17 +99,17 @@ def test_nothing_is_placed_or_said_where_there_is_no_choice(
     monkeypatch.setattr(numa, "memory_nodes", lambda: nodes)
     monkeypatch.setattr(numa, "gpu_node", lambda device: node)
     monkeypatch.setattr(numa, "prefer_node", lambda *_: pytest.fail("nothing is to be placed"))
-    numa._wanted_node.cache_clear()
+    numa.wanted_node.cache_clear()
     try:
         place_near(CUDA, 4096, 8192)
     finally:
-        numa._wanted_node.cache_clear()
+        numa.wanted_node.cache_clear()
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.gpu
 def test_the_pool_places_or_says_why_not() -> None:
-    numa._wanted_node.cache_clear()
+    numa.wanted_node.cache_clear()
     node = gpu_node(CUDA)
     assert node is None or node in memory_nodes() or not memory_nodes()
     page = mmap.mmap(-1, mmap.PAGESIZE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import mmap
 import os
@@ -275,7 +276,7 @@ def test_pages_are_there_before_they_are_locked(driver: FakeDriver, monkeypatch:
 @pytest.mark.parametrize("populates", [False, True])
 def test_touching_takes_memory_and_leaves_zeros(populates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not populates:
-        monkeypatch.setattr(host_block, "_populate", lambda address, size: False)
+        monkeypatch.setattr(host_block, "_populate", lambda address, size: errno.EINVAL)
     block = HostBlock.map(host_block.BlockLayout(32 * MIB), CPU)
     before = resident_bytes()
     host_block.touch(block.address, 32 * MIB)
@@ -283,6 +284,16 @@ def test_touching_takes_memory_and_leaves_zeros(populates: bool, monkeypatch: py
     assert not block.tensor().any()
     block.release()
     assert resident_bytes() < before + 8 * MIB
+
+
+@pytest.mark.parametrize("code", [errno.ENOMEM, errno.EFAULT])
+def test_memory_that_is_not_there_is_an_error_and_no_signal(
+    code: int, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_block, "_populate", lambda address, size: code)
+    with PinnedPool(CUDA) as pool, pytest.raises(MemoryError, match="host memory for the KV cache"):
+        pool.allocate(8 * PAGE)
+    assert pool.nbytes == 0
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -479,7 +490,7 @@ def test_a_real_refusal_leaves_no_error_behind_in_its_thread_or_another() -> Non
 
 @pytest.mark.gpu
 def test_torch_clears_the_error_where_the_runtime_library_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_locking, "_cuda_runtime", lambda: None)
+    monkeypatch.setattr(page_locking, "cuda_runtime", lambda: None)
     with PinnedPool(CUDA) as pool:
         address = pool.allocate(MIB).data_ptr()
         assert page_locking.lock_pages(CUDA, address, MIB) != 0
