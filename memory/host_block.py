@@ -1,4 +1,4 @@
-"""A block of host memory: mapped, touched, and page-locked part by part."""
+"""A block of host memory: mapped or managed, touched, and page-locked part by part."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from ds_offload.machine.bandwidth import Bandwidths, measure_bandwidths, measure
 from ds_offload.machine.check import FAIL, OK, WARN, Check, reason_of
 from ds_offload.machine.gpu import Gpu
 from ds_offload.machine.pin_probe import probe_pinned
+from ds_offload.memory import managed_memory
 from ds_offload.notices import notice
 
 NO_DEVICE = "not tried: no CUDA device in use"
@@ -40,6 +41,7 @@ def gpu_checks(device: torch.device, *, pin_limit: int, pin_reason: str, quick: 
         yield Check("gpu memory", FAIL, reason_of(error), "See whether nvidia-smi lists the GPU, and who uses it up.")
         return
     yield check_gpu_memory(gpu)
+    yield check_managed(device)
     yield check_pinned(device, pin_limit, pin_reason, quick)
     yield check_bandwidths(device, quick)
     # Behind the copies: an idle GPU may have slowed its link down.
@@ -60,6 +62,21 @@ def check_gpu_memory(gpu: Gpu) -> Check:
         cure = "End other processes on this GPU (nvidia-smi lists them), or give --gpu-memory."
         return Check("gpu memory", WARN, value, cure, figures)
     return Check("gpu memory", OK, value, figures=figures)
+
+
+def check_managed(device: torch.device) -> Check:
+    """Whether the K/V can lie in managed memory, which the GPU reaches through large pages."""
+    if managed_memory.supported(device):
+        return Check(
+            "managed memory", OK, "the K/V lies in it; the GPU maps it by 2 MiB where the system has such pages"
+        )
+    value = (
+        "the GPU and the CPU cannot use it at once: the K/V is page-locked, and rows that lie far apart arrive slower"
+    )
+    cure = (
+        "Inside WSL or a virtual GPU that cannot be changed; elsewhere update the driver to one of CUDA 12.2 or later."
+    )
+    return Check("managed memory", WARN, value, cure)
 
 
 def check_pinned(device: torch.device, limit: int, reason: str, quick: bool) -> Check:

@@ -158,6 +158,7 @@ def test_on_the_gpu_everything_is_measured(command: Any) -> None:
     assert status == 0, result
     assert found["pinned memory"]["figures"]["pinned_bytes"] > 0
     assert found["bandwidth"]["figures"]["gather_gb_per_s"] > 0
+    assert found["managed memory"]["status"] == "ok"
     assert {"gpu memory", "link"} <= set(found)
     _, quick = doctor_json(command, "--quick")
     (kept,) = [check for check in quick["checks"] if check["name"] == "bandwidth"]

@@ -16,6 +16,7 @@ from ds_offload.machine.pin_probe import PinProbe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 1 << 30
+ORDER = ["gpu memory", "managed memory", "pinned memory", "bandwidth", "link"]
 GPU = Gpu("H100", "580", 80 * GIB, 79 * GIB + GIB // 2, 0, "0000:17:00.0", Link(5, 16, 5, 16), 0)
 RATES = Bandwidths(50.0, 49.0, 44.0, 2900.0)
 
@@ -67,6 +68,14 @@ def test_pinned_memory(pinned: int, refusal: str | None, status: str, monkeypatc
     assert ("a reason" in found.value) == (refusal is None) and ("ulimit -l" in found.cure) == (status != "ok")
 
 
+def test_managed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.managed_memory, "supported", lambda device: True)
+    assert checks.check_managed(CUDA).status == "ok"
+    monkeypatch.setattr(checks.managed_memory, "supported", lambda device: False)
+    found = checks.check_managed(CUDA)
+    assert found.status == "warn" and "page-locked" in found.value and "12.2" in found.cure
+
+
 def test_quick_measures_and_locks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("probe_pinned", "measure_bandwidths", "measure_limits"):
         monkeypatch.setattr(checks, name, lambda *_: pytest.fail("quick"))
@@ -115,8 +124,9 @@ def test_all_of_a_gpus_checks_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Gpu, "of", classmethod(lambda cls, device: GPU))
     monkeypatch.setattr(checks, "probe_pinned", lambda device, limit: PinProbe(limit, None))
     monkeypatch.setattr(checks, "measure_bandwidths", lambda device: RATES)
+    monkeypatch.setattr(checks.managed_memory, "supported", lambda device: True)
     found = list(checks.gpu_checks(CUDA, pin_limit=GIB, pin_reason="r", quick=False))
-    assert [check.name for check in found] == ["gpu memory", "pinned memory", "bandwidth", "link"]
+    assert [check.name for check in found] == ORDER
     assert {check.status for check in found} == {"ok"}
 
 
@@ -130,6 +140,6 @@ def test_a_gpu_that_does_not_answer_fails_once() -> None:
 def test_this_gpu(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_OFFLOAD_CACHE", str(tmp_path))
     found = list(checks.gpu_checks(CUDA, pin_limit=GIB, pin_reason="r", quick=False))
-    assert [check.name for check in found] == ["gpu memory", "pinned memory", "bandwidth", "link"]
+    assert [check.name for check in found] == ORDER
     assert "fail" not in {check.status for check in found}
-    assert found[1].figures["pinned_bytes"] == GIB
+    assert found[2].figures["pinned_bytes"] == GIB

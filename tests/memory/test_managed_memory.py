@@ -154,7 +154,7 @@ def test_a_store_gives_back_what_was_written(dtype: torch.dtype) -> None:
 def test_tokens_are_those_of_a_page_locked_store(
     changes: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    save_tiny(tmp_path, tiny_config("llama", 3), torch.bfloat16)
+    save_tiny(tmp_path, tiny_config("llama", 2), torch.bfloat16)
     prompts = random_prompts(300, 170)
     config = OffloadConfig(
         max_context=1024, sink_tokens=2, recent_tokens=4, token_budget="1/4", hot_set=1.5, segment_tokens=64, **changes
