@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ds_offload.kernels.append import append_rows
+from ds_offload.kernels.copy_rows import copy_rows
 from ds_offload.kernels.gather import gather_rows
 from ds_offload.kernels.segment_table import SegmentTable
 from ds_offload.kernels.slot_attention_launch import StoredRows
@@ -256,8 +257,10 @@ class KVStore:
                 read_ahead(stored)
             if self._staged is not None and self._staged.holds(sequence, number):
                 staged += zip(source, target, strict=True)
+            elif to_store and stored.is_cuda and self._pool is not None:
+                copy_rows(source, target)
             elif stored.device == rows.device:
-                _words(target).copy_(_words(source))
+                target.copy_(source)
             else:
                 # One contiguous copy a head: a strided one would be staged on the host.
                 for to, of in zip(target, source, strict=True):
@@ -307,8 +310,3 @@ class KVStore:
         sizes = {"grain": self._layer_bytes // self._shape[1], "part": self._layer_bytes}
         blocks = self._pool.begin(self._shape[0] * self._layer_bytes, blocks=count, **sizes)
         return [block.view(self.dtype).view(self._shape) for block in blocks]
-
-
-def _words(rows: Tensor) -> Tensor:
-    """`rows` `[Hkv, n, 2, D]` in numbers of 8 bytes where they are such: a copy that is not of one piece is faster."""
-    return rows.view(torch.int64) if rows.shape[-1] * rows.element_size() % 8 == 0 else rows
