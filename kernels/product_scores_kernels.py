@@ -8,7 +8,7 @@ in 64 bytes: whatever entries the threads of a warp want, they lie in different 
 
 from __future__ import annotations
 
-from ds_offload.kernels.label_scores_kernels import row_words
+from ds_offload.kernels.label_scores_kernels import dot4, row_words
 from ds_offload.kernels.triton_runtime import jit, tl
 
 
@@ -82,22 +82,35 @@ def table_kernel(
 
 
 @jit
-def pack_sums(words, table, PARTS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+def pack_sums(words, table, PARTS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr):
     """Sums of the pack's numbers over the parts of labels: two int32 [BLOCK] that hold heads in their halves.
 
     One or two heads are in the first of them, of more the even ones in the first and the odd ones in the second.
+
+    A lookup's address takes one instruction, and none of those that shift and mask, of which a device does half as
+    many: `dot4` picks one of four words, times the 4 bytes of an entry, and adds it to the low half of the address.
+    A part's 64 bytes begin at a multiple of 64, so nothing is carried into the high half.
     """
+    address = table.to(tl.uint64)
+    low = address.to(tl.int32)
+    high = (address >> 32) << 32
+    total = tl.zeros([BLOCK], tl.int32)
     even = tl.zeros([BLOCK], tl.int32)
-    odd = tl.zeros([BLOCK], tl.int32)
+    last = tl.zeros([BLOCK], tl.int32)
     for part in tl.static_range(PARTS):
-        number = (words[part // 8] >> (4 * (part % 8))) & 15
-        entry = tl.load(table + (part * 16 + number.to(tl.int32)))
+        numbers = (words[part // 8] >> (4 * (part % 2))) & 0x0F0F0F0F
+        place = dot4(numbers, tl.full([], 4 << (8 * (part % 8 // 2)), tl.int32), low, PTX)
+        entry = tl.load((high | place.to(tl.uint32)).to(tl.pointer_type(tl.int32)) + part * 16)
+        total += entry
         if HEADS > 2:
             even += entry & 0x00FF00FF
-            odd += (entry >> 8) & 0x00FF00FF
-        else:
-            even += entry
-    return even, odd
+        if HEADS > 3:
+            # The sum of the highest bytes does not fit above the others'.
+            last = dot4(entry, tl.full([], 1 << 24, tl.int32), last, PTX)
+    if HEADS <= 2:
+        return total, even
+    else:  # noqa: RET505 - the branch is chosen when it is compiled
+        return even, ((total - even - (last << 24)) >> 8) | (last << 16)
 
 
 @jit
@@ -125,6 +138,7 @@ def scores_kernel(
     ROW_WORDS: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Scores of one block of tokens with one query head per KV head: out [B, Hkv, max_length]."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -138,13 +152,13 @@ def scores_kernel(
     if first < length:
         rows = labels.to(tl.pointer_type(tl.uint32)) + (start + token) * ROW_WORDS
         words = row_words(rows, live, ROW_WORDS, VECTOR, BLOCK)
-        sums, _ = pack_sums(words, table + pair * PARTS * 16, PARTS, 1, BLOCK)
+        sums, _ = pack_sums(words, table + pair * PARTS * 16, PARTS, 1, BLOCK, PTX)
         step = tl.load(factors + pair * 2)
         scores = tl.where(live, sums.to(tl.float32) * step + tl.load(factors + pair * 2 + 1), float("-inf"))
     tl.store(out + pair * max_length + token, scores, mask=token < max_length)
 
 
-@jit(do_not_specialize=["labels", "head_stride", "blocks", "sums_stride"])
+@jit(do_not_specialize=["labels", "head_stride", "group", "blocks", "sums_stride"])
 def sums_kernel(
     labels,
     table,
@@ -155,6 +169,7 @@ def sums_kernel(
     partials,
     head_stride,
     kv_heads,
+    group,
     blocks,
     sums_stride,
     PARTS: tl.constexpr,
@@ -162,6 +177,7 @@ def sums_kernel(
     HEADS: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Sums of one block of tokens for one pack: sums int16 [B * H, sums_stride]; peak and sum of its weights.
 
@@ -179,9 +195,11 @@ def sums_kernel(
     if block * BLOCK < length:
         rows = labels.to(tl.pointer_type(tl.uint32)) + (start + token) * ROW_WORDS
         words = row_words(rows, live, ROW_WORDS, VECTOR, BLOCK)
-        even, odd = pack_sums(words, table + pack * PARTS * 16, PARTS, HEADS, BLOCK)
+        even, odd = pack_sums(words, table + pack * PARTS * 16, PARTS, HEADS, BLOCK, PTX)
         for g in tl.static_range(HEADS):
-            head = pack * HEADS + g
+            # Not pack * HEADS + g: where a head's sums are known to be aligned, the compiler stores several of a
+            # thread at once, and to bring them there exchanges every entry between threads.
+            head = pair * group + tl.program_id(2) * HEADS + g
             total = head_sum(even, odd, g, HEADS)
             tl.store(sums + head * sums_stride + token, total.to(tl.int16), mask=live)
             step = tl.load(factors + head * 2)

@@ -100,7 +100,7 @@ def launch_weights(inputs: ProductInputs, out: Tensor) -> None:
     totals = torch.empty(rows, 2, dtype=torch.float32, device=device)
     sums_kernel[(parts, pairs, inputs.group // launch.heads)](
         *(inputs.labels, table, factors, inputs.starts.contiguous(), lengths, sums, partials),
-        *(inputs.labels.stride(0), inputs.kv_heads, parts, stride),
+        *(inputs.labels.stride(0), inputs.kv_heads, inputs.group, parts, stride),
         **_constants(inputs, launch),
         HEADS=launch.heads,
         BLOCK=launch.part,
@@ -146,9 +146,14 @@ def _tables(inputs: ProductInputs, launch: ProductLaunch, scaling: float) -> tup
 
 
 def _constants(inputs: ProductInputs, launch: ProductLaunch) -> dict[str, int]:
-    """What every kernel that reads labels is compiled for."""
+    """What every kernel that reads labels is compiled for. Triton's interpreter has no inline PTX."""
     layout = inputs.code.layout
-    return {"PARTS": layout.parts, "ROW_WORDS": layout.row_bytes // 4, "VECTOR": launch.vector}
+    return {
+        "PARTS": layout.parts,
+        "ROW_WORDS": layout.row_bytes // 4,
+        "VECTOR": launch.vector,
+        "PTX": inputs.labels.is_cuda,
+    }
 
 
 def _sums_stride(max_length: int) -> int:

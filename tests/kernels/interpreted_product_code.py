@@ -6,9 +6,16 @@ import pytest
 import torch
 from product_cases import product_case, product_code
 
-from ds_offload.kernels.product_code import encode_product_reference, launch_encode, unpack_parts
+from ds_offload.kernels.product_code import ProductLayout, encode_product_reference, launch_encode, unpack_parts
 from ds_offload.kernels.product_scores import ProductInputs, product_scores_reference, query_tables
-from ds_offload.kernels.product_scores_launch import _tables, launch_scores, launch_weights, product_launch
+from ds_offload.kernels.product_scores_kernels import sums_kernel
+from ds_offload.kernels.product_scores_launch import (
+    LARGEST_NUMBER,
+    _tables,
+    launch_scores,
+    launch_weights,
+    product_launch,
+)
 
 DIMS = [4, 20, 64, 80, 96, 128, 256]
 SHAPES = [(4, 1), (20, 8), (64, 3), (64, 2), (80, 1), (96, 4), (128, 1), (128, 4), (256, 2)]
@@ -74,6 +81,27 @@ def test_scores_equal_the_reference(head_dim: int, group: int) -> None:
     expected = product_scores_reference(*case, 170, 0.3, weights=True)
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=1e-6)
     assert torch.equal(out == 0, expected == 0)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4])
+def test_the_largest_sums_fit(heads: int) -> None:
+    layout = ProductLayout(512)
+    launch = product_launch(layout, heads)
+    labels = torch.randint(256, (1, 40, layout.row_bytes), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    largest = -1 if heads > 2 else 0x00FF00FF
+    table = torch.full((1, layout.parts, 16), largest, dtype=torch.int32)
+    sums = torch.zeros(heads, 64, dtype=torch.int16)
+    sums_kernel[(1, 1, 1)](
+        *(labels, table, torch.zeros(heads, 2), torch.tensor([0]), torch.tensor([40])),
+        *(sums, torch.empty(heads, 2, 1), labels.stride(0), 1, heads, 1, 64),
+        PARTS=layout.parts,
+        ROW_WORDS=layout.row_bytes // 4,
+        HEADS=launch.heads,
+        VECTOR=launch.vector,
+        BLOCK=64,
+        PTX=False,
+    )
+    assert (sums[:, :40] == layout.parts * LARGEST_NUMBER).all() and (sums[:, 40:] == 0).all()
 
 
 @pytest.mark.parametrize("group", [1, 3])
