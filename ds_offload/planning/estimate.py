@@ -22,13 +22,15 @@ IN_LINE, AHEAD = 1.2 / 2.2, 2.9 / 2.2
 # What a layer of a captured step takes beyond its bytes: Llama-3.1-8B's shape at 16K tokens without copies on an H100
 # (docs/benchmarks.md), and how much more where several programs share a row of scores (Llama-2-7B's at 128K).
 LAYER_OVERHEAD_S = 80e-6
-LONG_SELECTION_S = 65e-6
+LONG_SELECTION_S = 85e-6
 # Label scores of grouped heads read the labels twice, and take as long as so many readings (at 512K, the same page).
 GROUPED_READINGS = 4
-# Rows far apart in host memory, the few that a hot set lacks, are bound by address translation: rows a second by how
-# many of a KV head are missing, as whole decode steps of 1,024 KV heads showed it (H100, PCIe 5 x16;
-# docs/benchmarks.md). Straight lines between, in logarithms.
-FAR_ROWS = ((121, 29e6), (1000, 60e6), (8100, 95e6))
+# Rows far apart in host memory, the few that a hot set lacks: rows a second by how many of a KV head are missing, as
+# whole decode steps of 1,024 KV heads showed it (H100, PCIe 5 x16; docs/benchmarks.md). Straight lines between, in
+# logarithms. In managed memory more of them are bound by the link alone; in page-locked memory, whose pages are small
+# to the device, by address translation.
+FAR_ROWS = ((121, 80e6), (1000, 210e6))
+FAR_LOCKED_ROWS = ((121, 29e6), (1000, 60e6), (8100, 95e6))
 # Share of the device's dense bf16 rate that prefill is taken to reach.
 PREFILL_SHARE = 0.6
 
@@ -42,6 +44,7 @@ class Rates:
         memory_gb_per_s: Reading device memory.
         bf16_tflops: Dense 16-bit products, in 10^12 operations a second; None where it is not known.
         bandwidths_from, tflops_from: Where the figures come from.
+        managed: Whether rows lie in managed memory (`memory/managed_memory.py`).
     """
 
     link_gb_per_s: float
@@ -49,6 +52,7 @@ class Rates:
     bf16_tflops: float | None
     bandwidths_from: str
     tflops_from: str | None
+    managed: bool = True
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def estimate(request: Request, rates: Rates | None) -> Estimate:
         "memory_gb_per_s": rates.memory_gb_per_s,
         "bandwidths_from": rates.bandwidths_from,
         "layer_overhead_us": round(_layer_overhead(shape) * 1e6),
-        "far_rows_per_s": round(far_rows_per_s(missing_rows)),
+        "far_rows_per_s": round(far_rows_per_s(missing_rows, rates.managed)),
         "bf16_tflops": rates.bf16_tflops,
         "tflops_from": rates.tflops_from,
         "prefill_share_of_tflops": PREFILL_SHARE,
@@ -113,7 +117,7 @@ def estimate(request: Request, rates: Rates | None) -> Estimate:
     # Seconds that a byte takes to the device, of all sequences: without a hot set rows are many and lie close.
     link = request.batch / (rates.link_gb_per_s * 1e9)
     if hits > 0:
-        link = max(link, request.batch / (far_rows_per_s(missing_rows) * shape.row_bytes))
+        link = max(link, request.batch / (far_rows_per_s(missing_rows, rates.managed) * shape.row_bytes))
     step = read / (rates.memory_gb_per_s * 1e9) + link * missing * in_line + shape.layers * _layer_overhead(shape)
     step = max(step, link * moved)
     prefill = None
@@ -140,14 +144,15 @@ def hit_rate(hot_set: float, shape: CacheShape) -> float:
     return HIT_RATES[-1][1]
 
 
-def far_rows_per_s(missing: float) -> float:
-    """Rows a second that arrive of those that a hot set lacks, `missing` of every KV head."""
-    if missing <= FAR_ROWS[0][0]:
-        return FAR_ROWS[0][1]
-    for (low, below), (high, above) in itertools.pairwise(FAR_ROWS):
+def far_rows_per_s(missing: float, managed: bool = True) -> float:
+    """Rows a second that arrive of those that a hot set lacks, `missing` of every KV head, where the link has room."""
+    rates = FAR_ROWS if managed else FAR_LOCKED_ROWS
+    if missing <= rates[0][0]:
+        return rates[0][1]
+    for (low, below), (high, above) in itertools.pairwise(rates):
         if missing <= high:
             return float(below * (above / below) ** (math.log(missing / low) / math.log(high / low)))
-    return FAR_ROWS[-1][1]
+    return rates[-1][1]
 
 
 def prefill_flops(source: ModelSource, tokens: int) -> float:

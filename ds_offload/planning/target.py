@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from ds_offload.devices import resolve_device
 from ds_offload.errors import InputError
 from ds_offload.machine.bandwidth import measured_bandwidths
 from ds_offload.machine.published import PUBLISHED, PublishedGpu
+from ds_offload.memory import managed_memory
 from ds_offload.memory_check import memory_limits
 from ds_offload.planning.estimate import Rates
 from ds_offload.planning.request import MemoryLimits
@@ -80,6 +82,8 @@ def _here(config: OffloadConfig, device: torch.device) -> Target:
     if measured is not None:
         compute = (None, None) if rates is None else (rates.bf16_tflops, rates.tflops_from)
         rates = Rates(measured.gather_gb_per_s, measured.memory_gb_per_s, compute[0], "measured here", compute[1])
+    if rates is not None:
+        rates = dataclasses.replace(rates, managed=managed_memory.supported(device))
     return Target(name, True, limits, rates)
 
 
