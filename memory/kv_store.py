@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ds_offload.kernels.append import append_rows
-from ds_offload.kernels.copy_rows import copy_rows
 from ds_offload.kernels.gather import gather_rows
 from ds_offload.kernels.segment_table import SegmentTable
 from ds_offload.kernels.slot_attention_launch import StoredRows
-from ds_offload.memory import managed_memory
 from ds_offload.memory.file_segments import FileSegments, read_ahead
+from ds_offload.memory.row_exchange import exchange_rows, within_reach
 from ds_offload.memory.segment_pool import SegmentPool
 from ds_offload.memory.staged_rows import StagedRows
 
@@ -24,7 +23,7 @@ class KVStore:
 
     A row is K and V of one token of one KV head: `2 * D` elements in one read. Every sequence
     grows by segments of its own, so unequal lengths waste less than one segment each. On the
-    host they are blocks of `pool`, page-locked for CUDA. From the first one on that is not,
+    host they are blocks of `pool`, which CUDA kernels reach. From the first one on that they cannot,
     refused by the driver or a file, the store is staged: rows of pageable segments pass through
     a ring of buffers (`StagedRows`), and the host waits for them. Stores may share whole
     segments (`share`); who writes a token that may lie in one calls `unshare` first.
@@ -249,30 +248,19 @@ class KVStore:
         begin = 0
         staged: list[tuple[Tensor, Tensor]] = []
         for number, first, last in self._spans(start, start + rows.shape[1]):
-            stored = self._within_reach(sequence, number)[self._index[layer], :, first:last]
+            segment = self.table.tensors[sequence][number]
+            stored = within_reach(segment)[self._index[layer], :, first:last]
             part = rows[:, begin : begin + last - first]
             begin += last - first
-            source, target = (part, stored) if to_store else (stored, part)
             if self._in_files and not to_store:
                 read_ahead(stored)
             if self._staged is not None and self._staged.holds(sequence, number):
+                source, target = (part, stored) if to_store else (stored, part)
                 staged += zip(source, target, strict=True)
-            elif to_store and stored.is_cuda and self._pool is not None:
-                copy_rows(source, target)
-            elif stored.device == rows.device:
-                target.copy_(source)
             else:
-                # One contiguous copy a head: a strided one would be staged on the host.
-                for to, of in zip(target, source, strict=True):
-                    to.copy_(of, non_blocking=True)
+                exchange_rows(stored, part, to_store=to_store, on_host=self._pool is not None)
         if self._staged is not None and staged:
             (self._staged.ring.to_host if to_store else self._staged.ring.to_device)(staged)
-
-    def _within_reach(self, sequence: int, number: int) -> Tensor:
-        """A segment as a tensor of the device, where it is such memory, or as it is."""
-        segment = self.table.tensors[sequence][number]
-        view = managed_memory.on_device(segment) if self._pool is not None else None
-        return segment if view is None else view[: segment.nbytes].view(self.dtype).view(self._shape)
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Where tokens `start` to `stop` lie: a segment's number, and the first and last of its rows."""
