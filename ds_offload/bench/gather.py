@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -21,12 +22,14 @@ from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.pinned_pool import PinnedPool
 from ds_offload.notices import notice
 
-# One selected row in so many is not on the device yet.
-MISSING_ONE_IN = (1, 2, 10)
+# One selected row in so many is not on the device yet; the last as with a hot set of four times the budget.
+MISSING_ONE_IN = (1, 2, 10, 64)
 SEGMENT_TOKENS = 1024
-# The store has as many layers as fit into this, so that calls that follow each other read different rows.
-STORE_BYTES = 4 << 30
-MOST_LAYERS = 8
+# The store has as many layers as fit into this, and into a share of what the host has free, so that calls that follow
+# each other read different rows, and so many that the device has forgotten where a row's page is.
+STORE_BYTES = 16 << 30
+HOST_SHARE = 1 / 4
+MOST_LAYERS = 16
 DTYPE = torch.bfloat16
 ROW_STEP = 4 * DTYPE.itemsize
 
@@ -72,8 +75,9 @@ class GatherSizes:
         return self.sequences * self.kv_heads * segments * SEGMENT_TOKENS * row_bytes
 
     def layers(self, row_bytes: int) -> int:
-        """Layers of the store, at least 1."""
-        return max(1, min(MOST_LAYERS, STORE_BYTES // self.layer_bytes(row_bytes)))
+        """Layers of the store that the host has room for now, at least 1."""
+        room = min(STORE_BYTES, int(HOST_SHARE * psutil.virtual_memory().available))
+        return max(1, min(MOST_LAYERS, room // self.layer_bytes(row_bytes)))
 
 
 def bench_gather(device: torch.device, sizes: GatherSizes, samples: int) -> list[BenchRow]:
@@ -88,21 +92,21 @@ def bench_gather(device: torch.device, sizes: GatherSizes, samples: int) -> list
     Raises:
         InputError: A budget that depends on scores, or a store that does not fit the memory.
     """
-    for row_bytes in sizes.row_bytes:
-        layers = sizes.layers(row_bytes)
-        lists = sizes.sequences * sizes.kv_heads * sizes.kept * (row_bytes + 2 * 16 * layers)
-        check_room(device, host=layers * sizes.layer_bytes(row_bytes) + lists, gpu=lists)
+    # Settled before the stores take memory.
+    layers = {row_bytes: sizes.layers(row_bytes) for row_bytes in sizes.row_bytes}
+    for row_bytes, count in layers.items():
+        lists = sizes.sequences * sizes.kv_heads * sizes.kept * (row_bytes + 2 * 16 * count)
+        check_room(device, host=count * sizes.layer_bytes(row_bytes) + lists, gpu=lists)
     watch = Stopwatch(device, samples)
     rows: list[BenchRow] = []
-    for row_bytes in sizes.row_bytes:
-        with _store(device, sizes, row_bytes) as store:
-            rows += _cases(sizes, row_bytes, store, watch)
+    for row_bytes, count in layers.items():
+        with _store(device, sizes, row_bytes, count) as store:
+            rows += _cases(sizes, row_bytes, count, store, watch)
     return rows
 
 
 @contextmanager
-def _store(device: torch.device, sizes: GatherSizes, row_bytes: int) -> Iterator[KVStore]:
-    layers = sizes.layers(row_bytes)
+def _store(device: torch.device, sizes: GatherSizes, row_bytes: int, layers: int) -> Iterator[KVStore]:
     notice(f"bench gather: {layers * sizes.layer_bytes(row_bytes) / 2**30:.2f} GiB of rows of {row_bytes} bytes")
     with PinnedPool(device, in_place=True) as pool:
         store = KVStore(
@@ -125,7 +129,7 @@ def _store(device: torch.device, sizes: GatherSizes, row_bytes: int) -> Iterator
             store.table.tensors.clear()
 
 
-def _cases(sizes: GatherSizes, row_bytes: int, store: KVStore, watch: Stopwatch) -> Iterator[BenchRow]:
+def _cases(sizes: GatherSizes, row_bytes: int, layers: int, store: KVStore, watch: Stopwatch) -> Iterator[BenchRow]:
     device = watch.device
     shape = (sizes.sequences, sizes.kv_heads, sizes.kept)
     out = torch.empty(*shape, 2, row_bytes // (2 * DTYPE.itemsize), dtype=DTYPE, device=device)
@@ -146,7 +150,7 @@ def _cases(sizes: GatherSizes, row_bytes: int, store: KVStore, watch: Stopwatch)
         )
 
     for one_in in MISSING_ONE_IN:
-        lists = [_missing(shape, sizes.tokens, one_in, layer) for layer in range(sizes.layers(row_bytes))]
+        lists = [_missing(shape, sizes.tokens, one_in, layer) for layer in range(layers)]
         share = "all" if one_in == 1 else f"1/{one_in}"
         if one_in > 1:
             timing = watch.time(

@@ -51,12 +51,13 @@ def test_gather(command: Any) -> None:
     result = bench_json(command, "gather", "--samples", "2", *KERNELS["gather"])
     assert result["options"]["samples"] == 2 and result["options"]["tokens"] == 1500
     rows = {row["name"]: row for row in result["rows"]}
-    assert len(rows) == 2 * (3 * 2 + 2 + 1)
+    assert len(rows) == 2 * (4 * 2 + 3 + 1)
     row = rows["264 B, all missing, shuffled"]
     assert row["bytes"] == 264 * row["rows"] == 264 * 2 * 3 * 94
     assert row["limit"] == pytest.approx(1e6 * row["bytes"] / result["limits"]["link_bytes_per_s"])
     assert rows["264 B, all missing, CPU gather and copy"]["rows"] == row["rows"]
     assert 0.35 * row["rows"] < rows["264 B, 1/2 missing, ascending"]["rows"] < 0.65 * row["rows"]
+    assert rows["264 B, 1/64 missing, ascending, listed in front"]["rows"] < 0.1 * row["rows"]
 
 
 def test_select(command: Any) -> None:
