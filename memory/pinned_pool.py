@@ -75,7 +75,7 @@ class PinnedPool:
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes held and page-locked now."""
+        """Bytes held now that are page-locked, or managed memory that is taken in."""
         return sum(block.locked_bytes for block in list(self._blocks.values()))
 
     @property
