@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import subprocess
 import sys
@@ -54,6 +55,8 @@ def test_a_command_ends_within_a_second(device: str, model: Path) -> None:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell starts what it puts into the background deaf to it, and children inherit that.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert child.stderr is not None
     for _ in range(3):
@@ -74,8 +77,8 @@ def test_memory_goes_back_and_the_next_call_answers(device: str, model: Path, mo
     pools: list[PinnedPool] = []
 
     class Kept(PinnedPool):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
             pools.append(self)
 
     def interrupt(phase: str, done: int, total: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import subprocess
 import sys
@@ -55,7 +56,9 @@ with OffloadedGenerator.from_pretrained(model, config=config, device="cpu") as g
 
 def run_child(code: str, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # A shell starts what it puts into the background deaf to Ctrl-C, and children inherit that.
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hears)
 
 
 def test_a_killed_process_is_gone_on_with_by_the_next(model: Path, tmp_path: Path) -> None:
