@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ds_offload.machine.numa import say_placed, wanted_node
 from ds_offload.memory import page_locking
+from ds_offload.notices import notice
 
 # From CUDA's headers: cudaDevAttrConcurrentManagedAccess, cudaMemAttachGlobal, and two advices with their locations.
 _CONCURRENT_ACCESS = 89
@@ -63,10 +64,13 @@ def allocate(device: torch.device, size: int) -> int | None:
     """Address of `size` bytes that read zeros, take no memory until they are touched, and stay on the host.
 
     `device` maps what the CPU has touched, and reads and writes it in place. On a machine with several NUMA nodes it
-    comes from the device's. None where it is smaller than a large page, not `supported`, or refused by the driver;
-    nothing is pending then.
+    comes from the device's. None where it is smaller than a large page, or, which is said once, not `supported` or
+    refused by the driver; nothing is pending then.
     """
-    if size < LARGE_PAGE or not supported(device):
+    if size < LARGE_PAGE:
+        return None
+    if not supported(device):
+        _say_locked("CPU and GPU cannot use managed memory at once here")
         return None
     runtime, driver = page_locking.cuda_runtime(), _driver()
     assert runtime is not None and driver is not None
@@ -75,6 +79,7 @@ def allocate(device: torch.device, size: int) -> int | None:
         torch.cuda.init()
         if runtime.cudaMallocManaged(ctypes.byref(pointer), ctypes.c_size_t(size), _ATTACH_GLOBAL):
             page_locking.clear_error()
+            _say_locked("the driver refused managed memory")
             return None
         address = int(pointer.value or 0)
         node = wanted_node(device)
@@ -82,11 +87,13 @@ def allocate(device: torch.device, size: int) -> int | None:
         for advice, location in ((_PREFERRED_LOCATION, home), (_ACCESSED_BY, _Location(_DEVICE, device.index or 0))):
             if driver.cuMemAdvise_v2(ctypes.c_uint64(address), ctypes.c_size_t(size), advice, location):
                 free(device, address)
+                _say_locked("the driver refused to keep managed memory on the host")
                 return None
         view = torch.as_tensor(_DeviceBytes(address, size), device=device)
     if view.data_ptr() != address:
         # A copy: torch took it for memory of another device.
         free(device, address)
+        _say_locked("torch does not take managed memory for this device's")
         return None
     _on_device[address] = view
     if node is not None:
@@ -111,6 +118,11 @@ def on_device(tensor: Tensor) -> Tensor | None:
     through another buffer, four times as slow, and the host waits for them.
     """
     return _on_device.get(tensor.data_ptr())
+
+
+@functools.cache
+def _say_locked(reason: str) -> None:
+    notice(f"the K/V is page-locked, since {reason}: rows that lie far apart arrive slower")
 
 
 @functools.cache

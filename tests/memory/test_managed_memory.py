@@ -60,11 +60,20 @@ class FakeCuda:
 
 
 @pytest.mark.parametrize(
-    ("fake", "freed", "cleared"),
-    [(FakeCuda(concurrent=0), [], 0), (FakeCuda(malloc=2), [], 1), (FakeCuda(advise=1), [0x10000], 0)],
+    ("fake", "freed", "cleared", "reason"),
+    [
+        (FakeCuda(concurrent=0), [], 0, "cannot use managed memory at once"),
+        (FakeCuda(malloc=2), [], 1, "refused managed memory"),
+        (FakeCuda(advise=1), [0x10000], 0, "refused to keep managed memory on the host"),
+    ],
 )
-def test_a_refusal_leaves_an_ordinary_mapping(
-    fake: FakeCuda, freed: list[int], cleared: int, monkeypatch: pytest.MonkeyPatch
+def test_a_refusal_leaves_an_ordinary_mapping_and_says_so_once(
+    fake: FakeCuda,
+    freed: list[int],
+    cleared: int,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(page_locking, "cuda_runtime", lambda: fake)
     monkeypatch.setattr(managed_memory, "_driver", lambda: fake)
@@ -72,10 +81,15 @@ def test_a_refusal_leaves_an_ordinary_mapping(
     monkeypatch.setattr(managed_memory, "wanted_node", lambda device: None)
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", _NoDevice)
-    block = HostBlock.map(BlockLayout(4 * MIB, in_place=True), CUDA)
-    assert not block.managed and not block.tensor().any()
-    block.release()
-    assert (fake.freed, fake.cleared) == (freed, cleared)
+    managed_memory._say_locked.cache_clear()
+    for _ in range(2):
+        block = HostBlock.map(BlockLayout(4 * MIB, in_place=True), CUDA)
+        assert not block.managed and not block.tensor().any()
+        block.release()
+    assert (fake.freed, fake.cleared) == (2 * freed, 2 * cleared)
+    said = capsys.readouterr().err
+    assert said.count("page-locked") == 1 and reason in said
+    managed_memory._say_locked.cache_clear()
 
 
 class _NoDevice:
