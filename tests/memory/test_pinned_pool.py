@@ -1,4 +1,4 @@
-"""Pinned blocks: refusals, blocks made ahead, and nothing left on any way out. The driver is a fake but for `gpu`."""
+"""Pinned blocks: made ahead, ready part by part, and nothing left on any way out. The driver is a fake."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ import torch
 from fake_driver import FakeDriver
 
 from ds_offload.errors import MemoryPlanError
-from ds_offload.machine.host_memory import memlock_limit
 from ds_offload.memory import host_block, page_locking, preparation
 from ds_offload.memory.host_block import PAGE, HostBlock
 from ds_offload.memory.pinned_pool import PinnedPool
@@ -51,110 +49,6 @@ def test_sizes_below_one_are_refused(nbytes: int, grain: int | None) -> None:
         for ask in (pool.allocate, pool.begin):
             with pytest.raises(ValueError, match="must be at least 1"):
                 ask(nbytes, grain=grain)
-
-
-def test_a_refusal_is_one_line_with_cause_cost_and_cure_and_leaves_the_rest(driver: FakeDriver) -> None:
-    driver.refuses = lambda size, held: held + size > 20 * PAGE
-    with PinnedPool(CUDA) as pool:
-        kept = pool.allocate(16 * PAGE)
-        kept.fill_(7)
-        with pytest.raises(MemoryPlanError) as refused:
-            pool.allocate(16 * PAGE)
-        text = str(refused.value)
-        limit = memlock_limit()
-        memlock = "unlimited" if limit is None else f"{limit // 1024:,} KiB"
-        assert f"memlock is {memlock}" in text and "CUDA error 2" in text
-        assert "cannot read it in place" in text and "ulimit -l unlimited" in text and "--ulimit memlock=-1" in text
-        assert "\n" not in text
-        assert pool.nbytes == pool.pinned_bytes == 16 * PAGE and bool((kept == 7).all())
-        assert pool.allocate(4 * PAGE).numel() == 4 * PAGE
-    assert pool.nbytes == 0
-
-
-def test_a_refusal_keeps_no_frame_alive(driver: FakeDriver) -> None:
-    """What the callers of a refused pool hold, tensors on the device for one, goes when the refusal is dealt with."""
-    driver.refuses = lambda size, held: True
-
-    def ask(pool: PinnedPool) -> weakref.ref[torch.Tensor]:
-        held = torch.zeros(1)
-        try:
-            pool.allocate(PAGE)
-        except MemoryPlanError:
-            return weakref.ref(held)
-        raise AssertionError("was not refused")
-
-    gc.disable()
-    try:
-        with PinnedPool(CUDA) as pool:
-            assert ask(pool)() is None
-    finally:
-        gc.enable()
-
-
-@pytest.mark.parametrize("together", [False, True])
-def test_with_a_cost_to_name_the_pool_goes_on_with_pageable_blocks_and_says_so_once(
-    together: bool, driver: FakeDriver, capsys: pytest.CaptureFixture[str]
-) -> None:
-    driver.refuses = lambda size, held: held + size > 40 * PAGE
-    with PinnedPool(CUDA, "rows take a detour") as pool:
-        if together:
-            blocks = pool.begin(16 * PAGE, blocks=5, grain=PAGE)
-        else:
-            blocks = [pool.allocate(16 * PAGE, grain=PAGE) for _ in range(5)]
-        for block in blocks:
-            pool.wait(block)
-        assert [pool.left_pageable(block) for block in blocks] == [False, False, True, True, True]
-        assert pool.refusals == (3 if together else 1) and not pool.busy
-        assert pool.nbytes == 80 * PAGE
-        # A block is locked whole or not at all, and nothing is tried behind the first refusal.
-        assert pool.pinned_bytes == sum(driver.registered.values()) == 32 * PAGE
-        tried = len(driver.threads)
-        for number, block in enumerate(blocks):
-            assert not block.any()
-            block.fill_(number + 1)
-        assert pool.left_pageable(pool.allocate(PAGE)) and len(driver.threads) == tried
-        assert [int(block.unique()) for block in blocks] == [1, 2, 3, 4, 5]
-        lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert "CUDA error 2" in lines[0] and "memlock is" in lines[0] and "rows take a detour" in lines[0]
-    assert "ulimit -l unlimited" in lines[0]
-    assert pool.nbytes == pool.pinned_bytes == 0
-
-
-def test_on_a_cpu_no_block_counts_as_pageable() -> None:
-    with PinnedPool(CPU, "never said") as pool:
-        assert not pool.left_pageable(pool.allocate(PAGE))
-
-
-def test_a_block_that_is_refused_as_a_whole_is_locked_in_pieces_of_whole_grains(driver: FakeDriver) -> None:
-    driver.refuses = lambda size, held: size > 9 * PAGE
-    grain = 3 * PAGE // 2
-    with PinnedPool(CUDA) as pool:
-        block = pool.allocate(33 * PAGE, grain=grain)
-        start = block.data_ptr()
-        pieces = sorted((address - start, size) for address, size in driver.registered.items())
-        assert pieces[0][0] == 0 and len(pieces) > 1
-        for (one, size), (other, _) in pairwise(pieces):
-            assert one + size == other and other % grain == 0 and other % PAGE == 0
-        assert sum(size for _, size in pieces) == pool.pinned_bytes == 33 * PAGE
-        assert max(size for _, size in pieces) <= 9 * PAGE
-
-
-def test_a_block_without_a_grain_is_not_split(driver: FakeDriver) -> None:
-    driver.refuses = lambda size, held: size > 9 * PAGE
-    with PinnedPool(CUDA) as pool, pytest.raises(MemoryPlanError):
-        pool.allocate(32 * PAGE)
-    assert len(driver.threads) == 1
-
-
-def test_pieces_that_were_taken_are_let_go_when_a_later_one_is_refused(driver: FakeDriver) -> None:
-    driver.refuses = lambda size, held: held + size > 12 * PAGE
-    with PinnedPool(CUDA) as pool:
-        with pytest.raises(MemoryPlanError):
-            pool.allocate(32 * PAGE, grain=PAGE)
-        assert driver.most > 0 and driver.registered == {} and pool.nbytes == 0
-    # No piece is smaller than the smallest.
-    assert driver.most % (4 * PAGE) == 0
 
 
 def test_parts_are_locked_in_order_across_blocks(driver: FakeDriver) -> None:
@@ -201,55 +95,6 @@ def test_a_block_may_be_written_as_far_as_it_is_locked(driver: FakeDriver) -> No
         gate.release(5)
         pool.wait(other)
         assert pool.is_ready(one, 8 * PAGE) and pool.pinned_bytes == 16 * PAGE
-
-
-def test_after_a_refusal_whole_blocks_take_what_parts_of_others_gave_back(
-    driver: FakeDriver, capsys: pytest.CaptureFixture[str]
-) -> None:
-    driver.refuses = lambda size, held: held + size > 41 * PAGE
-    with PinnedPool(CUDA, "rows take a detour") as pool:
-        blocks = pool.begin(16 * PAGE, blocks=5, grain=PAGE, part=2 * PAGE)
-        # What is written to the parts that are there stays.
-        for number, block in enumerate(blocks):
-            pool.wait(block, 2 * PAGE)
-            block[: 2 * PAGE] = number + 1
-        for block in blocks:
-            pool.wait(block, 10 * PAGE)
-        # Forty pages were taken in parts of all five: two whole blocks are made of them.
-        assert [pool.left_pageable(block) for block in blocks] == [False, False, True, True, True]
-        assert pool.refusals == 3 and driver.synchronized == 1
-        assert pool.pinned_bytes == sum(driver.registered.values()) == 32 * PAGE
-        for number, block in enumerate(blocks):
-            assert bool((block[: 2 * PAGE] == number + 1).all()) and not block[2 * PAGE :].any()
-    assert capsys.readouterr().err.count("rows take a detour") == 1
-
-
-def test_a_block_that_is_refused_again_is_left_pageable(driver: FakeDriver) -> None:
-    left = 9
-
-    def refuses(size: int, held: int) -> bool:
-        nonlocal left
-        left -= 1
-        return left < 0
-
-    driver.refuses = refuses
-    with PinnedPool(CUDA, "rows take a detour") as pool:
-        blocks = pool.begin(8 * PAGE, blocks=3, grain=PAGE, part=2 * PAGE)
-        for block in blocks:
-            pool.wait(block)
-        assert [pool.left_pageable(block) for block in blocks] == [True] * 3
-        assert pool.pinned_bytes == 0 and driver.registered == {}
-
-
-def test_a_refusal_in_the_background_is_raised_by_who_waits(driver: FakeDriver) -> None:
-    driver.refuses = lambda size, held: held > 0
-    with PinnedPool(CUDA) as pool:
-        one, other = pool.begin(8 * PAGE, blocks=2)
-        pool.wait(one)
-        for _ in range(2):
-            with pytest.raises(MemoryPlanError, match="refused"):
-                pool.wait(other)
-        assert pool.pinned_bytes == 8 * PAGE
 
 
 def test_pages_are_there_before_they_are_locked(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,99 +281,3 @@ def test_memlock_does_not_matter_without_a_gpu() -> None:
     )
     assert child.returncode == 0, child.stderr
     assert child.stdout.split() == [str(9 << 20), "0"] and child.stderr == ""
-
-
-def pinned_and_right(block: torch.Tensor) -> None:
-    """Copies both ways without waiting, and a kernel that reads the block in place, give its bytes."""
-    device = torch.arange(block.numel(), device="cuda").to(torch.uint8)
-    block.copy_(device, non_blocking=True)
-    torch.cuda.synchronize()
-    assert torch.equal(block, device.cpu())
-    assert torch.equal(block.cuda(non_blocking=True), device)
-
-
-@pytest.mark.gpu
-def test_blocks_are_page_locked() -> None:
-    with PinnedPool(CUDA) as pool:
-        blocks = [*pool.begin(3 * MIB, blocks=2), pool.allocate(MIB + 5)]
-        for block in blocks:
-            pool.wait(block)
-            assert block.is_pinned()
-            pinned_and_right(block)
-        assert pool.pinned_bytes == pool.nbytes >= 7 * MIB
-    assert not any(block.is_pinned() for block in blocks)
-
-
-@pytest.mark.gpu
-def test_a_real_refusal_leaves_no_error_behind_in_its_thread_or_another() -> None:
-    with PinnedPool(CUDA) as pool:
-        block = pool.allocate(MIB)
-        address = block.data_ptr()
-        # Registered already: refused, with a pending error until it is cleared.
-        assert page_locking.lock_pages(CUDA, address, MIB) != 0
-        assert int(torch.ones(1000, device="cuda").add_(1).sum()) == 2000
-        failures: list[BaseException] = []
-
-        def in_background() -> None:
-            try:
-                assert page_locking.lock_pages(CUDA, address, MIB) != 0
-                assert int(torch.ones(1000, device="cuda").add_(1).sum()) == 2000
-            except BaseException as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=in_background)
-        thread.start()
-        thread.join()
-        assert failures == []
-        torch.cuda.synchronize()
-        # Neither is one left by letting go of what is not registered.
-        page_locking.unlock_pages(CUDA, address)
-        page_locking.unlock_pages(CUDA, address)
-        assert int(torch.ones(1000, device="cuda").add_(1).sum()) == 2000
-        assert page_locking.lock_pages(CUDA, address, MIB) == 0
-
-
-@pytest.mark.gpu
-def test_torch_clears_the_error_where_the_runtime_library_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_locking, "cuda_runtime", lambda: None)
-    with PinnedPool(CUDA) as pool:
-        address = pool.allocate(MIB).data_ptr()
-        assert page_locking.lock_pages(CUDA, address, MIB) != 0
-        assert int(torch.ones(1000, device="cuda").add_(1).sum()) == 2000
-
-
-@pytest.mark.gpu
-def test_a_block_registered_in_pieces_is_read_and_written_grain_by_grain(monkeypatch: pytest.MonkeyPatch) -> None:
-    register = page_locking.lock_pages
-
-    def no_large_ones(device: torch.device, address: int, size: int) -> int:
-        return 2 if size > 3 * MIB else register(device, address, size)
-
-    monkeypatch.setattr(page_locking, "lock_pages", no_large_ones)
-    monkeypatch.setattr(host_block, "SMALLEST_PIECE", MIB)
-    with PinnedPool(CUDA) as pool:
-        block = pool.allocate(8 * MIB, grain=MIB // 2)
-        assert len(pool._blocks[block.data_ptr()].pieces) > 2
-        for grain in block.split(MIB // 2):
-            pinned_and_right(grain)
-    assert pool.pinned_bytes == 0
-
-
-@pytest.mark.gpu
-def test_parts_that_are_locked_one_by_one_are_copied_and_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_block, "PART_BYTES", MIB)
-    with PinnedPool(CUDA) as pool:
-        blocks = pool.begin(8 * MIB, blocks=3, grain=MIB // 2, part=MIB)
-        for first in range(0, 8, 1):
-            for block in blocks:
-                pool.wait(block, (first + 1) * MIB)
-                pinned_and_right(block[first * MIB : (first + 1) * MIB])
-        assert all(len(pool._blocks[block.data_ptr()].pieces) == 8 for block in blocks)
-    assert pool.pinned_bytes == 0
-
-
-@pytest.mark.gpu
-def test_a_refused_pin_names_the_driver_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_locking, "lock_pages", lambda device, address, size: 2)
-    with PinnedPool(CUDA) as pool, pytest.raises(MemoryPlanError, match="CUDA error 2: out of memory"):
-        pool.allocate(MIB)
