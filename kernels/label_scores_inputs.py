@@ -107,17 +107,18 @@ class CachedLabels(ABC):
                 f"must have every head start at a multiple of {alignment} bytes"
             )
 
-    def result(self, heads: int, out: Tensor | None) -> Tensor:
-        """`out`, or a new tensor, float32 [B, heads, max_length].
+    def result(self, heads: int, out: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`out`, or a new tensor, [B, heads, max_length].
 
         Raises:
             ValueError: the shape, dtype, device or layout of `out` is another one.
         """
         shape, device = (self.batch, heads, self.max_length), self.labels.device
         if out is None:
-            return torch.empty(shape, dtype=torch.float32, device=device)
-        if out.dtype != torch.float32 or out.shape != shape or not out.is_contiguous():
-            raise ValueError(f"out {out.dtype} {tuple(out.shape)} must be float32 {shape}, contiguous")
+            return torch.empty(shape, dtype=dtype, device=device)
+        if out.dtype != dtype or out.shape != shape or not out.is_contiguous():
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(f"out {out.dtype} {tuple(out.shape)} must be {name} {shape}, contiguous")
         if out.device != device:
             raise ValueError(f"out is on {out.device}; it must be on {device} like the labels")
         return out

@@ -61,6 +61,7 @@ def product_scores(
     scaling: float,
     out: Tensor | None = None,
     weights: bool = False,
+    whole: bool = False,
 ) -> Tensor:
     """Score each cached token of each sequence once per KV head, for its whole group of query heads.
 
@@ -85,18 +86,20 @@ def product_scores(
         lengths: int64 [B], tokens of each sequence; starts + lengths <= N.
         max_length: Columns of the result, at least every length.
         scaling: Factor of every score, 1 / sqrt(D) as in the attention.
-        out: float32 [B, Hkv, max_length], contiguous.
+        out: float32, or int16 if `whole`, [B, Hkv, max_length], contiguous.
         weights: Whether to give weights with G = 1, too.
+        whole: Of scores, give the whole numbers that they are a step's multiples of, which order
+            a head's tokens as its scores do: int16, 0 to 255 P, and -1 from lengths[b] on.
 
     Returns:
-        float32 [B, Hkv, max_length]: `out` if given; every element is written.
+        float32 or int16 [B, Hkv, max_length]: `out` if given; every element is written.
 
     Raises:
-        ValueError: shapes, dtypes, devices or alignment do not fit.
+        ValueError: shapes, dtypes, devices or alignment do not fit, or weights should be whole.
     """
     inputs = ProductInputs(labels, code, query, starts, lengths, max_length, scaling)
-    out = inputs.result(inputs.kv_heads, out)
     summed = inputs.group > 1 or weights
+    out = _result(inputs, out, summed, whole)
     if labels.is_cuda:
         inputs.check_alignment()
         with launching(labels.device, "product_scores"):
@@ -107,8 +110,12 @@ def product_scores(
 
     inputs.ranges()
     numbers, steps, offsets = query_tables(inputs)
-    scores = inputs.result(inputs.heads, None) if summed else out
+    if whole:
+        steps, offsets = torch.ones_like(steps), torch.zeros_like(offsets)
+    scores = inputs.result(inputs.heads, None) if summed or whole else out
     score_bytes(inputs, _byte_tables(numbers).numpy(), steps, offsets, torch.ones(256), scores)
+    if whole:
+        return out.copy_(scores.clamp_(min=-1))
     return inputs.summed_weights(scores, out) if summed else out
 
 
@@ -122,11 +129,12 @@ def product_scores_reference(
     scaling: float,
     out: Tensor | None = None,
     weights: bool = False,
+    whole: bool = False,
 ) -> Tensor:
     """`product_scores` in torch: the numbers of every token's words, summed. Waits for the device."""
     inputs = ProductInputs(labels, code, query, starts, lengths, max_length, scaling)
-    out = inputs.result(inputs.kv_heads, out)
     summed = inputs.group > 1 or weights
+    out = _result(inputs, out, summed, whole)
     scores = inputs.result(inputs.heads, None) if summed else out
     numbers, steps, offsets = query_tables(inputs)
     tables = numbers.unflatten(1, (inputs.kv_heads, inputs.group))
@@ -136,9 +144,15 @@ def product_scores_reference(
             words = unpack_parts(labels[:, start + first : start + last], code.layout)
             index = words.mT[:, None].expand(-1, inputs.group, -1, -1)
             sums = tables[b].gather(-1, index).sum(-2).flatten(0, 1)
-            scores[b, :, first:last] = sums * steps[b, :, None] + offsets[b, :, None]
-        scores[b, :, length:] = -torch.inf
+            scores[b, :, first:last] = sums if whole else sums * steps[b, :, None] + offsets[b, :, None]
+        scores[b, :, length:] = -1 if whole else -torch.inf
     return inputs.summed_weights(scores, out) if summed else out
+
+
+def _result(inputs: ProductInputs, out: Tensor | None, summed: bool, whole: bool) -> Tensor:
+    if whole and summed:
+        raise ValueError(f"weights of {inputs.group} query heads per KV head are no whole numbers")
+    return inputs.result(inputs.kv_heads, out, torch.int16 if whole else torch.float32)
 
 
 def query_tables(inputs: ProductInputs) -> tuple[Tensor, Tensor, Tensor]:

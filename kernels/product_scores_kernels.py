@@ -140,7 +140,8 @@ def scores_kernel(
     BLOCK: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Scores of one block of tokens with one query head per KV head: out [B, Hkv, max_length]."""
+    """Scores of one block of tokens with one query head per KV head: out [B, Hkv, max_length], int16: the sums."""
+    WHOLE: tl.constexpr = out.dtype.element_ty == tl.int16
     first = tl.program_id(0).to(tl.int64) * BLOCK
     pair = tl.program_id(1).to(tl.int64)
     start = tl.load(starts + pair // kv_heads)
@@ -148,13 +149,16 @@ def scores_kernel(
     token = first + tl.arange(0, BLOCK)
     live = token < length
     labels += (pair % kv_heads) * head_stride
-    scores = tl.full([BLOCK], float("-inf"), tl.float32)
+    scores = tl.full([BLOCK], -1 if WHOLE else float("-inf"), out.dtype.element_ty)
     if first < length:
         rows = labels.to(tl.pointer_type(tl.uint32)) + (start + token) * ROW_WORDS
         words = row_words(rows, live, ROW_WORDS, VECTOR, BLOCK)
         sums, _ = pack_sums(words, table + pair * PARTS * 16, PARTS, 1, BLOCK, PTX)
-        step = tl.load(factors + pair * 2)
-        scores = tl.where(live, sums.to(tl.float32) * step + tl.load(factors + pair * 2 + 1), float("-inf"))
+        if WHOLE:
+            scores = tl.where(live, sums, -1).to(tl.int16)
+        else:
+            step = tl.load(factors + pair * 2)
+            scores = tl.where(live, sums.to(tl.float32) * step + tl.load(factors + pair * 2 + 1), float("-inf"))
     tl.store(out + pair * max_length + token, scores, mask=token < max_length)
 
 

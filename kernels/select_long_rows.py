@@ -1,15 +1,15 @@
 """Device code of `select_tokens` (kernels/select.py): rows that several programs share.
 
-Bracket the threshold by a sample, count against the bracket, find the threshold in what
-lies inside it, write.
+Bracket the threshold by a sample (kernels/select_bracket.py), count against the bracket,
+find the threshold in what lies inside it, write.
 """
 
 from __future__ import annotations
 
 from ds_offload.kernels.select_row import (
     find_threshold,
+    inner_keys,
     kept_flags,
-    ordered_bits,
     row_end,
     row_keep,
     row_keys,
@@ -19,61 +19,26 @@ from ds_offload.kernels.select_row import (
 from ds_offload.kernels.triton_runtime import jit, tl
 
 
-@jit(do_not_specialize=["last", "keep", "first", "length", "count"])
-def bracket_kernel(
-    scores,
-    last,
-    keep,
-    state,
-    first,
-    length,
-    count,
-    heads,
-    rows_per_keep,
-    MINUS_INF: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    SHIFT: tl.constexpr,
-    LISTED: tl.constexpr,
-):
-    """Two programs per row: values that very likely enclose the threshold, from a sample.
-
-    state[row]: the value above it, the one below it, and a counter set to 0.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    below = tl.program_id(1)
-    end = row_end(last, row, heads, length)
-    wanted = row_keep(keep, row, rows_per_keep, count)
-    tokens = tl.maximum(end - first, 0)
-    index = tl.arange(0, SAMPLE)
-    slack = wanted * 0
-    value = tl.full([], MINUS_INF, tl.int32)
-    search = wanted < tokens
-    offset = index
-    if tokens > SAMPLE:
-        # One token of each of SAMPLE equal stretches, at a place that follows no period.
-        jitter = (((index * 40503) & 0xFFFF).to(tl.int64) * (tokens >> SHIFT)) >> 16
-        offset = (((index.to(tl.int64) * tokens) >> SHIFT) + jitter).to(tl.int32)
-        rank = wanted.to(tl.float32) * SAMPLE / tokens.to(tl.float32)
-        # The sample's count of kept tokens is binomial; a list that overflows would be worse than a miss.
-        spread = 5.0 * tl.sqrt(tl.maximum(rank * (1.0 - rank / SAMPLE), 0.0)) + 3.0
-        spread = tl.minimum(spread, 0.3 * LISTED * SAMPLE / tokens.to(tl.float32))
-        slack = (spread * 0.25).to(tl.int32)
-        if below == 0:
-            wanted = tl.floor(rank - spread).to(tl.int32)
-            if wanted < 0:
-                value = tl.full([], 0x7FFFFFFF, tl.int32)
-                search = False
-        else:
-            wanted = tl.ceil(rank + spread).to(tl.int32) + slack
-            search = search & (wanted < SAMPLE)
-    if search:
-        live = offset < tokens
-        values = tl.load(scores + row * length + first + offset, mask=live, other=float("-inf"))
-        keys = tl.where(live, ordered_bits(values), -0x80000000)
-        value = find_threshold(keys, value, tl.maximum(tl.max(keys, 0), value), wanted, slack)
-    tl.store(state + row * 8 + below, value)
-    if below == 0:
-        tl.store(state + row * 8 + 2, 0)
+@jit
+def _classify(keys, counter, listed, top, bottom, LISTED: tl.constexpr):
+    """A chunk's entries of `classify_kernel`'s table; its keys inside the bracket are listed."""
+    above_top = tl.sum((keys > top).to(tl.int32) + ((keys >= top).to(tl.int32) << 16), 0)
+    above = above_top & 0xFFFF
+    to_top = above_top >> 16
+    above_bottom = tl.sum((keys > bottom).to(tl.int32) + ((keys >= bottom).to(tl.int32) << 16), 0)
+    found = (above_bottom & 0xFFFF) - to_top
+    at_bottom = (above_bottom >> 16) - (above_bottom & 0xFFFF)
+    if bottom >= top:
+        found = above * 0
+        at_bottom = above * 0
+    place = above * 0
+    if found > 0:
+        place = tl.atomic_add(counter, found, sem="relaxed")
+        # A list that overflows is not read.
+        if place + found <= LISTED:
+            inside = (keys > bottom) & (keys < top)
+            tl.store(listed + place + tl.cumsum(inside.to(tl.int32), 0) - 1, keys, mask=inside)
+    return above + ((to_top - above) << 16), found + (at_bottom << 16), place
 
 
 @jit(do_not_specialize=["last", "first", "length", "chunks"])
@@ -105,16 +70,14 @@ def classify_kernel(
     upper = start * 0
     lower = start * 0
     place = start * 0
-    if (start < end) & (start + CHUNK > first):
+    listed += row * LISTED
+    # Most chunks lie within the candidates, which saves a third of the instructions: they are what takes the time.
+    if (start >= first) & (start + CHUNK <= end):
+        keys = inner_keys(scores, row, start, length, CHUNK, ALIGNMENT)
+        upper, lower, place = _classify(keys, state + row * 8 + 2, listed, top, bottom, LISTED)
+    elif (start < end) & (start + CHUNK > first):
         keys = row_keys(scores, row, start, first, end, length, CHUNK, ALIGNMENT)
-        inside = ((keys > bottom) & (keys < top)).to(tl.int32)
-        at_bottom = ((keys == bottom) & (bottom < top)).to(tl.int32)
-        upper = tl.sum(kept_flags(keys, top), 0)
-        lower = tl.sum(inside + (at_bottom << 16), 0)
-        if (lower & 0xFFFF) > 0:
-            place = tl.atomic_add(state + row * 8 + 2, lower & 0xFFFF, sem="relaxed")
-            index = place + tl.cumsum(inside, 0) - 1
-            tl.store(listed + row * LISTED + index, keys, mask=(inside > 0) & (index < LISTED))
+        upper, lower, place = _classify(keys, state + row * 8 + 2, listed, top, bottom, LISTED)
     entry = table + row * 3 * chunks + chunk
     tl.store(entry, upper)
     tl.store(entry + chunks, lower)
@@ -153,7 +116,7 @@ def threshold_kernel(
     chunks,
     heads,
     rows_per_keep,
-    MINUS_INF: tl.constexpr,
+    NONE: tl.constexpr,
     LISTED: tl.constexpr,
     CHUNK: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -161,7 +124,7 @@ def threshold_kernel(
 ):
     """One program per row: its exact threshold, and what of each chunk's tokens comes before it.
 
-    state[row, 3:6]: the threshold, how many that equal it are kept, how many are kept in all.
+    state[row, 3:7]: the threshold, how many that equal it are kept, how many are kept in all, how many equal it.
     table[row, :2, chunk]: tokens of earlier chunks above the threshold, and equal to it.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -186,20 +149,20 @@ def threshold_kernel(
 
     threshold = top
     from_list = False
-    at_top = (wanted >= above) & ((wanted <= to_top) | (top == MINUS_INF))
+    at_top = (wanted >= above) & ((wanted <= to_top) | (top == NONE))
     if not at_top:
         listable = (wanted > to_top) & (wanted <= to_top + inside)
         past = wanted > to_top + inside
         if listable & (inside <= LISTED):
             index = tl.arange(0, LISTED)
             keys = tl.load(rank + index, mask=index < inside, other=-0x80000000)
-            threshold = find_threshold(keys, bottom, top - 1, wanted - to_top, 0)
+            threshold = find_threshold(keys, bottom, top - 1, wanted - to_top)
             # Each chunk's part of the list lies together: its counts are differences of these.
             sums = tl.cumsum(kept_flags(keys, threshold), 0)
             tl.debug_barrier()
             tl.store(rank + index, sums, mask=index < inside)
             from_list = True
-        elif past & ((wanted <= to_top + inside + at_bottom) | (bottom == MINUS_INF)):
+        elif past & ((wanted <= to_top + inside + at_bottom) | (bottom == NONE)):
             threshold = bottom
         else:
             # The sample was off, or too much is inside: search all of the row.
@@ -209,7 +172,7 @@ def threshold_kernel(
                 low = top + 1
                 high = tl.full([], 0x7FFFFFFF, tl.int32)
             elif past:
-                low = tl.full([], MINUS_INF, tl.int32)
+                low = tl.full([], NONE, tl.int32)
                 high = bottom - 1
             threshold = _search_row(scores, row, first, end, length, low, high, wanted, CHUNK, ALIGNMENT)
             for chunk in range(0, chunks):
@@ -243,10 +206,11 @@ def threshold_kernel(
         tl.store(entries + chunks + chunk, equal + tl.cumsum(chunk_equal, 0) - chunk_equal, mask=chunk < chunks)
         above += tl.sum(chunk_above, 0)
         equal += tl.sum(chunk_equal, 0)
-    ties = tl.where(threshold == MINUS_INF, 0, wanted - above)
+    ties = tl.where(threshold == NONE, 0, wanted - above)
     tl.store(state + row * 8 + 3, threshold)
     tl.store(state + row * 8 + 4, ties)
     tl.store(state + row * 8 + 5, above + ties)
+    tl.store(state + row * 8 + 6, equal)
 
 
 @jit(do_not_specialize=["last", "first", "length", "count", "chunks"])
@@ -273,8 +237,20 @@ def write_kernel(
     if (start < end) & (start + CHUNK > first) & (kept > 0):
         threshold = tl.load(state + row * 8 + 3)
         ties = tl.load(state + row * 8 + 4)
-        above = tl.load(table + row * 3 * chunks + chunk)
-        equal = tl.load(table + (row * 3 + 1) * chunks + chunk)
-        keys = row_keys(scores, row, start, first, end, length, CHUNK, ALIGNMENT)
-        write_kept(out, row, count, keys, start, threshold, ties, above, equal, CHUNK)
+        entry = table + row * 3 * chunks + chunk
+        above = tl.load(entry)
+        equal = tl.load(entry + chunks)
+        equal_end = tl.load(entry + chunks + 1, mask=chunk + 1 < chunks, other=0)
+        if chunk + 1 == chunks:
+            equal_end = tl.load(state + row * 8 + 6)
+        # Of the tokens that equal the threshold, nearly every chunk keeps all or none: no ranks among them then.
+        if (start >= first) & (start + CHUNK <= end) & ((equal >= ties) | (equal_end <= ties)):
+            keys = inner_keys(scores, row, start, length, CHUNK, ALIGNMENT)
+            flags = (keys > tl.where(equal < ties, threshold - 1, threshold)).to(tl.int32)
+            place = above + tl.minimum(equal, ties) + tl.cumsum(flags, 0) - 1
+            token = (start + tl.arange(0, CHUNK)).to(tl.int64)
+            tl.store(out + row * count + place, token, mask=flags > 0)
+        else:
+            keys = row_keys(scores, row, start, first, end, length, CHUNK, ALIGNMENT)
+            write_kept(out, row, count, keys, start, threshold, ties, above, equal, CHUNK)
     write_rest(out, row, kept + chunk * CHUNK, chunks * CHUNK, count, CHUNK)

@@ -6,21 +6,31 @@ from ds_offload.kernels.triton_runtime import jit, tl
 
 
 @jit
-def ordered_bits(scores):
-    """float32 as int32 of the same order: negative ones by their flipped magnitude."""
-    bits = scores.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def ordered(scores):
+    """Scores as int32 of the same order: float32 by its bits, negative ones by their flipped magnitude."""
+    if scores.dtype == tl.int16:
+        return scores.to(tl.int32)
+    else:  # noqa: RET505 - the branch is chosen when it is compiled
+        bits = scores.to(tl.int32, bitcast=True)
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @jit
 def row_keys(scores, row, start, first, last, length, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Ordered scores of tokens `start` to `start + BLOCK` of a row; below MINUS_INF outside of [first, last)."""
-    WORDS: tl.constexpr = ALIGNMENT // 4
+    """Ordered scores of tokens `start` to `start + BLOCK` of a row; below NONE outside of [first, last)."""
+    ELEMENTS: tl.constexpr = ALIGNMENT * 8 // scores.dtype.element_ty.primitive_bitwidth
     token = start + tl.arange(0, BLOCK)
-    # The length is a multiple of WORDS; seeing that, the compiler loads as many at a time.
-    live = token < length // WORDS * WORDS
-    values = tl.load(tl.multiple_of(scores + row * length + token, ALIGNMENT), mask=live, other=float("-inf"))
-    return tl.where((token >= first) & (token < last), ordered_bits(values), -0x80000000)
+    # The length is a multiple of ELEMENTS; seeing that, the compiler loads as many at a time.
+    live = token < length // ELEMENTS * ELEMENTS
+    values = tl.load(tl.multiple_of(scores + row * length + token, ALIGNMENT), mask=live, other=0)
+    return tl.where((token >= first) & (token < last), ordered(values), -0x80000000)
+
+
+@jit
+def inner_keys(scores, row, start, length, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """`row_keys` of tokens that all lie in [first, last)."""
+    token = start + tl.arange(0, BLOCK)
+    return ordered(tl.load(tl.multiple_of(scores + row * length + token, ALIGNMENT)))
 
 
 @jit
@@ -42,21 +52,31 @@ def kept_flags(keys, threshold):
 
 
 @jit
-def find_threshold(keys, low, high, wanted, slack):
-    """A value v in [low, high] with count(keys > v) <= wanted <= count(keys >= v), by bisection.
+def find_threshold(keys, low, high, wanted):
+    """A value v in [low, high] with count(keys > v) <= wanted <= count(keys >= v), by thirds.
 
-    Needs count(keys > high) <= wanted. Stops early once wanted - slack to `wanted` keys are above v.
-    Interpolating took longer on an H100: label scores tie too often for a straight line to help.
+    Needs count(keys > high) <= wanted. Both counts of a round fit one sum, which is what takes its time.
+    Interpolating took longer on an H100: label scores tie too often for a straight line to help. So did quarters and
+    eighths, whose sums are several.
     """
     while low < high:
-        middle = (low & high) + ((low ^ high) >> 1)
-        above = tl.sum((keys > middle).to(tl.int32), 0)
-        if above > wanted:
-            low = middle + 1
+        span = high.to(tl.uint32) - low.to(tl.uint32)
+        lower = (low.to(tl.uint32) + span // 3).to(tl.int32)
+        upper = (low.to(tl.uint32) + span // 3 * 2 + span % 3 * 2 // 3).to(tl.int32)
+        both = tl.sum((keys > lower).to(tl.int32) + ((keys > upper).to(tl.int32) << 16), 0)
+        above_lower = both & 0xFFFF
+        above_upper = (both >> 16) & 0xFFFF
+        if above_lower <= wanted:
+            high = lower
+            if above_lower == wanted:
+                low = lower
+        elif above_upper <= wanted:
+            low = lower + 1
+            high = upper
+            if above_upper == wanted:
+                low = upper
         else:
-            high = middle
-            if above >= wanted - slack:
-                low = middle
+            low = upper + 1
     return low
 
 
@@ -91,7 +111,7 @@ def select_row_kernel(
     count,
     heads,
     rows_per_keep,
-    MINUS_INF: tl.constexpr,
+    NONE: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
@@ -100,9 +120,9 @@ def select_row_kernel(
     end = row_end(last, row, heads, length)
     wanted = row_keep(keep, row, rows_per_keep, count)
     keys = row_keys(scores, row, 0, first, end, length, BLOCK, ALIGNMENT)
-    lowest = tl.full([], MINUS_INF, tl.int32)
-    threshold = find_threshold(keys, lowest, tl.maximum(tl.max(keys, 0), lowest), wanted, 0)
+    lowest = tl.full([], NONE, tl.int32)
+    threshold = find_threshold(keys, lowest, tl.maximum(tl.max(keys, 0), lowest), wanted)
     above = tl.sum((keys > threshold).to(tl.int32), 0)
-    ties = tl.where(threshold == MINUS_INF, 0, wanted - above)
+    ties = tl.where(threshold == NONE, 0, wanted - above)
     write_kept(out, row, count, keys, 0, threshold, ties, 0, 0, BLOCK)
     write_rest(out, row, above + ties, 1024, count, 1024)

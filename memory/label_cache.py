@@ -75,7 +75,14 @@ class LabelCache:
         return self.code.new_rows(layer, self.rows[layer], self.starts)
 
     def scores(
-        self, layer: int, query: Tensor, lengths: Tensor, max_length: int, scaling: float, weights: bool = False
+        self,
+        layer: int,
+        query: Tensor,
+        lengths: Tensor,
+        max_length: int,
+        scaling: float,
+        weights: bool = False,
+        order: bool = False,
     ) -> Tensor:
         """Scores of every token for every KV head, as `group_scores` and `product_scores` give them.
 
@@ -86,11 +93,13 @@ class LabelCache:
             max_length: At least every entry of `lengths`.
             scaling: Factor of the attention scores.
             weights: Attention weights, also with one query head per KV head.
+            order: Only the order of a KV head's tokens matters: scores may be whole numbers instead.
 
         Returns:
             `[B, Hkv, max_length]` float32. With several query heads per KV head, or with
             `weights`: the heads' softmax over the tokens, summed, and 0 at and beyond
-            `lengths`. Else the scores, and -inf there.
+            `lengths`. Else the scores, and -inf there, or, int16, numbers that order
+            tokens as scores do, and -1 there.
         """
         rows = self.rows[layer]
-        return self.code.scores(layer, rows, query, self.starts, lengths, max_length, scaling, weights)
+        return self.code.scores(layer, rows, query, self.starts, lengths, max_length, scaling, weights, order)

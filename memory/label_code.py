@@ -44,6 +44,7 @@ class LabelCode(Protocol):
         max_length: int,
         scaling: float,
         weights: bool,
+        order: bool,
     ) -> Tensor:
         """Scores of a layer's labels; see `LabelCache.scores`."""
         ...
@@ -88,6 +89,7 @@ class ScalarLabels:
         max_length: int,
         scaling: float,
         weights: bool,
+        order: bool,
     ) -> Tensor:
         """Scores of a layer's labels; see `LabelCache.scores`."""
         return group_scores(
@@ -126,7 +128,9 @@ class ProductLabels:
         max_length: int,
         scaling: float,
         weights: bool,
+        order: bool,
     ) -> Tensor:
         """Scores of a layer's labels; see `LabelCache.scores`."""
         code = self._codes.layer(layer)
-        return product_scores(rows, code, query, starts, lengths, max_length, scaling, weights=weights)
+        whole = order and not weights and query.shape[1] == self.kv_heads
+        return product_scores(rows, code, query, starts, lengths, max_length, scaling, weights=weights, whole=whole)

@@ -112,6 +112,11 @@ class CacheShape:
         """Whether scores of query heads become attention weights, summed over a KV head's group."""
         return self.top_p or self.heads > self.kv_heads
 
+    @property
+    def whole_scores(self) -> bool:
+        """Whether scores are whole numbers of 16 bits (`kernels/product_scores.py`), not of 32."""
+        return isinstance(self.labels, ProductLayout) and not self.weighed
+
 
 @dataclass(frozen=True)
 class MemoryPlan:

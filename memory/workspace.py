@@ -220,7 +220,7 @@ def _cuda_step(shape: CacheShape) -> int:
     scores = selecting = weighing = 0
     if shape.scored:
         launch = select_launch(longest, max(shape.most_kept, shape.look_ahead))
-        scores = rows * longest * 4
+        scores = rows * longest * (2 if shape.whole_scores else 4)
         if not launch.block:
             selecting = rows * (8 + 3 * -(-longest // launch.chunk) + launch.listed) * 4
         if shape.weighed:
@@ -261,9 +261,12 @@ def _cpu_step(shape: CacheShape) -> int:
     tokens, ahead = rows * shape.most_kept * 8, rows * shape.look_ahead * 8
     scores = scoring = row = 0
     if shape.scored:
-        scores = rows * longest * 4
+        scores = rows * longest * (2 if shape.whole_scores else 4)
         # A row's keys, flags and partition.
         row = 32 * longest
+        if shape.whole_scores:
+            # As float32 first.
+            scoring = rows * longest * 4
         if shape.top_p:
             # A masked copy, the sorted one with its indices, and the sort's own.
             scoring = 5 * scores

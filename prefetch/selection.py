@@ -79,7 +79,7 @@ class Selection:
 
     Attributes:
         tokens: `[B, Hkv, most_kept]` int64, distinct; ascending, -1 behind the last.
-        scores: The candidates' scores `[B, Hkv, T]` float32; None where nothing was scored.
+        scores: What orders the candidates, `[B, Hkv, T]` float32 or int16; None where nothing was scored.
         keep: Candidates kept at most, `[B]` or `[B, Hkv]` int64.
     """
 
@@ -140,7 +140,9 @@ class Selector:
             return Selection(tokens.expand(-1, kv_heads, -1).contiguous(), None, step.keep)
         # Without the current token: its label may be on its way while a prediction is scored.
         weights = self._top_p is not None
-        scores = self._labels.scores(layer, query, step.positions, step.max_length, self._scaling, weights=weights)
+        scores = self._labels.scores(
+            layer, query, step.positions, step.max_length, self._scaling, weights=weights, order=True
+        )
         keep = step.keep
         if self._top_p is not None:
             group = query.shape[1] // scores.shape[1]

@@ -200,8 +200,8 @@ class _Case:
         return results
 
     def scores(self, layer: int, labels: LabelCache) -> Tensor:
-        """Scores of a layer's labels of every token."""
-        return labels.scores(layer, self.query, self.lengths, self.tokens, self.scaling)
+        """Scores of a layer's labels of every token, as a selection wants them."""
+        return labels.scores(layer, self.query, self.lengths, self.tokens, self.scaling, order=True)
 
     def sparse(self, layer: int) -> Tensor:
         """What a decode step does for a layer once its K and V are there: scores, selection, attention in place."""

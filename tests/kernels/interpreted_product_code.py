@@ -76,6 +76,10 @@ def test_scores_equal_the_reference(head_dim: int, group: int) -> None:
         # An entry may round to the other side.
         difference = (out - expected).nan_to_num()
         assert difference.abs().max() <= 2.01 * steps
+        whole = torch.full((3, 2, 170), -77, dtype=torch.int16)
+        launch_scores(inputs, whole)
+        assert (whole - product_scores_reference(*case, 170, 0.3, whole=True)).abs().max() <= 2
+        assert torch.equal(whole == -1, expected.isinf())
     out = torch.full((3, 2, 170), torch.nan)
     launch_weights(inputs, out)
     expected = product_scores_reference(*case, 170, 0.3, weights=True)

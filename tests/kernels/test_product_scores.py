@@ -70,6 +70,32 @@ def test_the_cpu_looks_up_what_the_reference_does(head_dim: int, kv_heads: int, 
     torch.testing.assert_close(product_scores(*case, max(lengths), 0.2), expected, rtol=1e-5, atol=1e-6)
 
 
+WHOLE_SHAPES = [(head_dim, kv_heads, lengths) for head_dim, kv_heads, group, lengths in SHAPES if group == 1]
+
+
+def check_whole(out: torch.Tensor, case: Case, scaling: float, off: float) -> None:
+    """The numbers that the reference's scores are multiples of, or up to `off` more or less."""
+    out, max_length = out.cpu(), out.shape[2]
+    numbers, steps, offsets = query_tables(ProductInputs(*case, max_length, scaling))
+    scores = product_scores_reference(*case, max_length, scaling)
+    assert out.dtype == torch.int16 and (out[scores.isinf()] == -1).all()
+    expected = (out * steps[..., None] + offsets[..., None]).masked_fill(out < 0, -torch.inf)
+    assert ((expected - scores).nan_to_num().abs() <= off * steps[..., None] + 1e-5).all()
+    assert out.amax() <= 255 * numbers.shape[2]
+
+
+@pytest.mark.parametrize("score", [product_scores, product_scores_reference])
+@pytest.mark.parametrize(("head_dim", "kv_heads", "lengths"), WHOLE_SHAPES)
+def test_whole_numbers_order_tokens_as_scores_do(
+    score: Callable, head_dim: int, kv_heads: int, lengths: list[int]
+) -> None:
+    case = product_case(head_dim, kv_heads, 1, lengths)
+    max_length = max(lengths) + 9
+    out = with_out(case, max_length).to(torch.int16)
+    assert score(*case, max_length, 0.2, out=out, whole=True) is out
+    check_whole(out, case, 0.2, 0.0)
+
+
 def test_numbers_fill_8_bits_and_stand_for_the_table() -> None:
     case = product_case(64, 2, 3, [5])
     inputs = ProductInputs(*case, 5, 0.3)
@@ -135,6 +161,7 @@ def test_wrong_arguments_are_named(score: Callable) -> None:
         ({"lengths": lengths.int()}, "lengths .* must be int64"),
         ({"max_length": 4}, "sequence 0: rows 3 to 8 do not fit"),
         ({"out": torch.zeros(1, 4, 5)}, r"out .* must be float32 \(1, 2, 5\)"),
+        ({"whole": True}, "weights of 2 query heads per KV head are no whole numbers"),
     ]
     for change, message in changes:
         with pytest.raises(ValueError, match=message):
@@ -174,6 +201,16 @@ def test_cuda(head_dim: int, kv_heads: int, group: int, lengths: list[int], dtyp
     for b, length in enumerate(lengths):
         alone = product_scores(*only(on_device, b), length, 0.2, weights=weights)
         assert torch.equal(alone[0], out[b, :, :length])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "kv_heads", "lengths"), [*WHOLE_SHAPES, (128, 32, [5000, 17])])
+def test_cuda_whole_numbers(head_dim: int, kv_heads: int, lengths: list[int]) -> None:
+    case = product_case(head_dim, kv_heads, 1, lengths)
+    max_length = max(lengths) + 77
+    out = product_scores(*to_cuda(case), max_length, 0.2, whole=True)
+    # An entry may round to the other side.
+    check_whole(out, case, 0.2, 2.0)
 
 
 @pytest.mark.gpu

@@ -28,7 +28,8 @@ def naive(scores: Tensor, first: int, last: Tensor, keep: Tensor, count: int) ->
     for b in range(batch):
         for h in range(heads):
             row = scores[b, h].tolist()
-            candidates = [t for t in range(first, min(int(last[b]), length)) if row[t] > -math.inf]
+            none = -math.inf if scores.is_floating_point() else -1
+            candidates = [t for t in range(first, min(int(last[b]), length)) if row[t] > none]
             # -0.0 is below 0.0.
             candidates.sort(key=lambda t, row=row: (-row[t], math.copysign(1, row[t]) < 0 and row[t] == 0, t))
             wanted = int(keep[b] if keep.dim() == 1 else keep[b, h])
@@ -56,11 +57,17 @@ def make_scores(kind: str, batch: int, heads: int, length: int, seed: int = 0) -
         return values[torch.randint(8, scores.shape, generator=generator)]
     if kind == "ascending":
         return scores.sort(-1).values
+    if kind == "whole":
+        # As of product codes: some hundreds of numbers, -1 where there is no label; and the largest of all.
+        whole = (scores * 20 + 60).clamp(-1, 32767).to(torch.int16)
+        return whole.masked_fill(torch.rand(scores.shape, generator=generator) < 0.001, 32767)
+    if kind == "whole and few":
+        return torch.randint(-2, 2, scores.shape, generator=generator, dtype=torch.int16)
     assert kind == "normal"
     return scores
 
 
-KINDS = ("normal", "weights", "ties", "few", "equal", "none", "extreme", "ascending")
+KINDS = ("normal", "weights", "ties", "few", "equal", "none", "extreme", "ascending", "whole", "whole and few")
 SHAPES = [
     # B, Hkv, T, first, last, keep, count
     (1, 1, 1, 0, [1], [1], 1),
@@ -107,7 +114,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             ("launch", "kind"),
             [("row", kind) for kind in KINDS]
             + [("usual", kind) for kind in KINDS]
-            + [(launch, kind) for launch in ("misses", "overflows", "exact") for kind in ("normal", "few", "extreme")],
+            + [
+                (launch, kind)
+                for launch in ("misses", "overflows", "exact")
+                for kind in ("normal", "few", "extreme", "whole")
+            ],
         )
         def test_equals_the_reference(self, launch: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
             knobs = SelectLaunch(block=512, warps=4) if launch == "row" else narrow_launches()[launch]
@@ -118,8 +129,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
                 select._launch(*case, out)
                 assert torch.equal(out, select_tokens_reference(*case)), shape
 
-        def test_the_launch_of_long_rows(self) -> None:
-            case = make_case("weights", (1, 2, 20001, 4, [19990], [[1250, 9000]], 9001))
+        @pytest.mark.parametrize("kind", ["weights", "whole"])
+        def test_the_launch_of_long_rows(self, kind: str) -> None:
+            case = make_case(kind, (1, 2, 20001, 4, [19990], [[1250, 9000]], 9001))
             out = poisoned(case)
             select._launch(*case, out)
             assert torch.equal(out, select_tokens_reference(*case))
@@ -142,7 +154,7 @@ def test_ties_and_zeros_by_hand() -> None:
 
 
 def test_the_cpu_equals_the_reference_on_long_rows() -> None:
-    for kind in ("normal", "ties", "few", "weights"):
+    for kind in ("normal", "ties", "few", "weights", "whole"):
         case = make_case(kind, (2, 2, 30011, 4, [29000, 17], [1800, 9], 1900))
         assert_selects(select_tokens, case, select_tokens_reference(*case))
 
@@ -165,7 +177,7 @@ def test_top_tokens_is_a_stable_descending_sort() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scores": torch.zeros(1, 2, 5, dtype=torch.float16)}, "scores .* must be float32"),
+        ({"scores": torch.zeros(1, 2, 5, dtype=torch.float16)}, "scores .* must be float32 or int16"),
         ({"scores": torch.zeros(1, 5, 2).mT}, "contiguous"),
         ({"last": torch.tensor([5], dtype=torch.int32)}, "last .* must be int64"),
         ({"last": torch.tensor([5, 5])}, "last .* must be int64"),
