@@ -7,15 +7,21 @@ from ds_offload.kernels.triton_runtime import jit, tl
 
 
 @jit
-def _find_bracket(keys, low, high, wanted_top, wanted_bottom, slack):
+def _find_bracket(keys, low, high, wanted_top, wanted_bottom, slack, SAMPLE: tl.constexpr):
     """Values top and bottom in [low, high], of each rank one as `find_threshold` finds, by bisection of both at once.
 
-    Each search stops early once wanted - slack to `wanted` keys are above its value.
+    Each search stops early once wanted - slack to `wanted` keys are above its value. A rank outside of the sample is
+    not searched for: its value is an end of the range.
     """
     top_low = low
     top_high = high
     bottom_low = low
     bottom_high = high
+    if wanted_top < 0:
+        top_low = high
+        wanted_top = wanted_top * 0
+    if wanted_bottom >= SAMPLE:
+        bottom_high = low
     while (top_low < top_high) | (bottom_low < bottom_high):
         top = (top_low & top_high) + ((top_low ^ top_high) >> 1)
         bottom = (bottom_low & bottom_high) + ((bottom_low ^ bottom_high) >> 1)
@@ -85,10 +91,8 @@ def bracket_kernel(
         values = tl.load(scores + row * length + first + offset, mask=live, other=0)
         keys = tl.where(live, ordered(values), -0x80000000)
         highest = tl.maximum(tl.max(keys, 0), top)
-        # A rank outside of the sample has no value in it.
-        found, bottom = _find_bracket(keys, top, highest, tl.maximum(wanted_top, 0), wanted_bottom, slack)
+        found, bottom = _find_bracket(keys, top, highest, wanted_top, wanted_bottom, slack, SAMPLE)
         top = tl.where(wanted_top < 0, 0x7FFFFFFF, found)
-        bottom = tl.where(wanted_bottom < SAMPLE, bottom, NONE)
     tl.store(state + row * 8, top)
     tl.store(state + row * 8 + 1, bottom)
     tl.store(state + row * 8 + 2, 0)

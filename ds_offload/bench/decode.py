@@ -118,7 +118,7 @@ def bench_decode(
         windows = read_windows(sizes.text, tokenizer, sizes.tokens, sizes.sequences)
     lengths = [sizes.prompt] * sizes.sequences, [sizes.capacity] * sizes.sequences
     config = settle_config(source, config, device, *lengths)
-    check_fits(source, config, sizes, device)
+    check_fits(source, config, sizes, device, variants)
     # Now, while the device is empty.
     measure_limits(device)
     notice(f"bench decode: {'random' if windows is None else 'the'} weights of {sizes.model}")
@@ -136,7 +136,9 @@ def bench_decode(
     return rows, notes, config
 
 
-def check_fits(source: ModelSource, config: OffloadConfig, sizes: DecodeSizes, device: torch.device) -> None:
+def check_fits(
+    source: ModelSource, config: OffloadConfig, sizes: DecodeSizes, device: torch.device, variants: list[Variant]
+) -> None:
     """Refuse what does not fit, before weights load.
 
     Raises:
@@ -148,7 +150,8 @@ def check_fits(source: ModelSource, config: OffloadConfig, sizes: DecodeSizes, d
         heads = (sizes.sequences, source.shape.kv_heads)
         kept = config.budget.tokens(sizes.capacity)
         # The paper's variant holds them a second time, in another order.
-        gpu += 2 * ReplayedSelections.nbytes(sizes.steps + sizes.warm_ups, heads, kept)
+        copies = 1 if all(variant.ordered for variant in variants) else 2
+        gpu += copies * ReplayedSelections.nbytes(sizes.steps + sizes.warm_ups, heads, kept)
     limits = (config.gpu_memory, config.host_memory)
     gpu_limit, host_limit = (limit if isinstance(limit, int) else None for limit in limits)
     check_room(device, gpu=gpu, host=plan.host_kv, gpu_limit=gpu_limit, host_limit=host_limit)
