@@ -14,6 +14,9 @@ from ds_offload.memory.plan import MemoryPlan
 from ds_offload.monitor import FidelityMonitor
 from ds_offload.prefetch.traffic import Traffic
 
+# Of a run on CUDA the first step runs eagerly, which compiles its kernels, and the second is captured.
+FIRST_STEPS = 2
+
 
 class RunStatistics:
     """Measures one `generate` or `stream` call. Times are wall-clock seconds with the device idle at both ends."""
@@ -30,6 +33,7 @@ class RunStatistics:
         self._forced = 0
         self._started = 0.0
         self._decode_s = 0.0
+        self._first_s = 0.0
         self._planned = 0
 
     def begin(self, plan: MemoryPlan) -> None:
@@ -55,6 +59,8 @@ class RunStatistics:
         self._density += (sparse * (self._layers - self._dense) + self._dense) / self._layers
         # Sampling has read the step's logits, so the device is done with it.
         self._decode_s = time.perf_counter() - self._started - between_s
+        if self._steps <= FIRST_STEPS:
+            self._first_s = self._decode_s
 
     def finish(self, context: KVContext, capture_s: float | None, monitor: FidelityMonitor | None = None) -> None:
         """The last token is there and the context still is; `capture_s` is what the CUDA graph took."""
@@ -76,7 +82,8 @@ class RunStatistics:
         counted = [count for count in kept if count is not None]
 
         self._figures |= {
-            "decode_ms_per_token": 1000 * self._decode_s / self._steps if self._steps else None,
+            "decode_ms_per_token": self._step_ms(),
+            "first_steps_s": self._first_s if self._steps else None,
             "graph_capture_s": capture_s,
             "h2d_bytes_per_token": traffic.moved * row_bytes // tokens if tokens else 0,
             "link_gb_per_s": _rate(traffic.moved * row_bytes, sum(link.busy)) if link else None,
@@ -109,6 +116,12 @@ class RunStatistics:
     def summary(self) -> dict[str, Any]:
         """The figures by name; None where a run had nothing to measure."""
         return dict(self._figures)
+
+    def _step_ms(self) -> float | None:
+        """The mean of a step, the first ones left out where there are others."""
+        if self._steps > FIRST_STEPS:
+            return 1000 * (self._decode_s - self._first_s) / (self._steps - FIRST_STEPS)
+        return 1000 * self._decode_s / self._steps if self._steps else None
 
     def _now(self) -> float:
         if self._device.type == "cuda":

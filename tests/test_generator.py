@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import greedy, random_prompts, save_tiny, tiny_config
+from torch import Tensor
 
 from ds_offload import InputError, OffloadConfig, OffloadedGenerator
+from ds_offload.decode import DecodeLoop
 from ds_offload.errors import MemoryPlanError
 from ds_offload.memory_check import check_request
 from ds_offload.planning.request import host_total
@@ -295,6 +298,25 @@ def test_a_request_beyond_host_memory_is_refused_before_anything_is_made(llama: 
         gen.config = dataclasses.replace(gen.config, host_memory="1MiB")
         with pytest.raises(InputError, match="host_memory"):
             gen.generate(random_prompts(500)[0], max_new_tokens=400)
+
+
+@pytest.mark.parametrize(("new", "slow"), [(7, False), (3, True)])
+def test_the_first_two_steps_do_not_count_where_there_are_others(
+    llama: Path, new: int, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, steps = DecodeLoop.step, []
+
+    def compiling(self: DecodeLoop, *given: Any) -> Tensor:
+        steps.append(given)
+        if len(steps) <= 2:
+            time.sleep(0.5)
+        return step(self, *given)
+
+    monkeypatch.setattr(DecodeLoop, "step", compiling)
+    with make(llama, token_budget=24) as gen:
+        stats = gen.generate(random_prompts(100)[0], max_new_tokens=new).stats
+    assert len(steps) == new - 1 and stats["first_steps_s"] >= 1
+    assert (stats["decode_ms_per_token"] > 400) is slow
 
 
 def test_stats_have_the_contracts_names(llama: Path) -> None:

@@ -29,6 +29,8 @@ def figures_line(output: GenerationOutput) -> str:
     parts.append(f"{len(output.token_ids):,} new tokens")
     if stats.get("decode_ms_per_token") is not None:
         parts[-1] += f" at {stats['decode_ms_per_token']:.1f} ms/token"
+    if (stats.get("first_steps_s") or 0) > 1:
+        parts[-1] += f" after the first two steps' {stats['first_steps_s']:.1f} s"
     if output.finish_reason == "length":
         parts[-1] += ", cut at the limit"
     if stats.get("h2d_bytes_per_token") is not None:
