@@ -63,7 +63,11 @@ bench gpu-sparse decode "${resident[@]}"
 bench gpu-dense decode "${resident[@]}" --token-budget 1/1
 
 part=quantised
-bench int4-7b-256k decode --model llama-2-7b --ctx 256k --kv-dtype int4 --hot-set 2 --warm-ups 40 --steps 16 \
+bench int4-7b-256k decode --model llama-2-7b --ctx 256k --kv-dtype int4 --hot-set 2 --gpu-memory 24GiB --warm-ups 40 \
+  --steps 16 --variants ours,compute-only
+bench int8-7b-256k decode --model llama-2-7b --ctx 256k --kv-dtype int8 --gpu-memory 40GiB "${short[@]}" \
+  --variants ours,compute-only
+bench int4-8b-1m decode --model llama-3.1-8b --ctx 1000000 --kv-dtype int4 --token-budget 2048 "${short[@]}" \
   --variants ours,compute-only
 
 part=attention
@@ -78,6 +82,8 @@ bench gather gather --samples 10
 
 part=prefill
 bench prefill-64k prefill --model llama-2-7b --ctx 64k --repeats 1
+bench prefill-128k prefill --model llama-2-7b --ctx 128k --repeats 1
+bench prefill-64k-int4 prefill --model llama-2-7b --ctx 64k --kv-dtype int4 --repeats 1
 
 # run NAME TOKENS OPTION...: a prompt of so many bytes, which are tokens where weights are random, and 32 new tokens.
 run() {
@@ -99,6 +105,8 @@ run run-7b-16k 16000 --model llama-2-7b --ctx 16k
 run run-7b-128k 131000 --model llama-2-7b --ctx 128k
 run run-8b-256k 262000 --model llama-3.1-8b --ctx 256k
 run run-8b-512k 524000 --model llama-3.1-8b --ctx 512k --token-budget 2048
+run run-8b-512k-int8 524000 --model llama-3.1-8b --ctx 512k --token-budget 2048 --kv-dtype int8
+run run-8b-512k-int4 524000 --model llama-3.1-8b --ctx 512k --token-budget 2048 --kv-dtype int4
 
 part=transformers
 bench transformers decode --model llama-2-7b --ctx 16k "${short[@]}" --variants ours --with-transformers
