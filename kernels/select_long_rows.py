@@ -71,7 +71,7 @@ def classify_kernel(
     lower = start * 0
     place = start * 0
     listed += row * LISTED
-    # Most chunks lie within the candidates, which saves a third of the instructions: they are what takes the time.
+    # Most chunks lie within the candidates and need no masks: instructions are what takes the time.
     if (start >= first) & (start + CHUNK <= end):
         keys = inner_keys(scores, row, start, length, CHUNK, ALIGNMENT)
         upper, lower, place = _classify(keys, state + row * 8 + 2, listed, top, bottom, LISTED)
