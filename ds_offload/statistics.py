@@ -34,6 +34,7 @@ class RunStatistics:
         self._started = 0.0
         self._decode_s = 0.0
         self._first_s = 0.0
+        self._first_stall: list[int] = []
         self._planned = 0
 
     def begin(self, plan: MemoryPlan) -> None:
@@ -61,6 +62,9 @@ class RunStatistics:
         self._decode_s = time.perf_counter() - self._started - between_s
         if self._steps <= FIRST_STEPS:
             self._first_s = self._decode_s
+        if self._steps == FIRST_STEPS:
+            link = context.scheduler.timer.total()
+            self._first_stall = link.stall if link is not None else []
 
     def finish(self, context: KVContext, capture_s: float | None, monitor: FidelityMonitor | None = None) -> None:
         """The last token is there and the context still is; `capture_s` is what the CUDA graph took."""
@@ -70,6 +74,13 @@ class RunStatistics:
         tokens = self._steps * self._sequences
         hot = context.hot_set is not None
         row_bytes = context.store.row_bytes
+
+        # Where there are others, times of a step are those of the steps behind the first ones.
+        skipped = FIRST_STEPS if self._steps > FIRST_STEPS else 0
+        timed, first_s = self._steps - skipped, self._first_s if skipped else 0.0
+        stall = link.stall if link is not None else None
+        if stall is not None and skipped:
+            stall = [total - first for total, first in zip(stall, self._first_stall, strict=True)]
 
         def per_token(value: float) -> float | None:
             return value / tokens if tokens else None
@@ -82,12 +93,12 @@ class RunStatistics:
         counted = [count for count in kept if count is not None]
 
         self._figures |= {
-            "decode_ms_per_token": self._step_ms(),
+            "decode_ms_per_token": 1000 * (self._decode_s - first_s) / timed if timed else None,
             "first_steps_s": self._first_s if self._steps else None,
             "graph_capture_s": capture_s,
             "h2d_bytes_per_token": traffic.moved * row_bytes // tokens if tokens else 0,
             "link_gb_per_s": _rate(traffic.moved * row_bytes, sum(link.busy)) if link else None,
-            "stall_ms_per_token": _milliseconds(sum(link.stall), self._steps) if link else None,
+            "stall_ms_per_token": _milliseconds(sum(stall), timed) if stall is not None else None,
             "hot_set_hit_rate": traffic.hit_rate if hot else None,
             "prefetch_recall": traffic.recall,
             "monitor": monitor.summary() if monitor is not None else None,
@@ -105,7 +116,7 @@ class RunStatistics:
                     _rate(layer.moved * row_bytes, link.busy[n]) if link else None for n, layer in enumerate(layers)
                 ],
                 "stall_ms_per_token": [
-                    _milliseconds(link.stall[n], self._steps) if link else None for n in range(len(layers))
+                    _milliseconds(stall[n], timed) if stall is not None else None for n in range(len(layers))
                 ],
                 "hot_set_hit_rate": [layer.hit_rate if hot else None for layer in layers],
                 "prefetch_recall": [layer.recall for layer in layers],
@@ -116,12 +127,6 @@ class RunStatistics:
     def summary(self) -> dict[str, Any]:
         """The figures by name; None where a run had nothing to measure."""
         return dict(self._figures)
-
-    def _step_ms(self) -> float | None:
-        """The mean of a step, the first ones left out where there are others."""
-        if self._steps > FIRST_STEPS:
-            return 1000 * (self._decode_s - self._first_s) / (self._steps - FIRST_STEPS)
-        return 1000 * self._decode_s / self._steps if self._steps else None
 
     def _now(self) -> float:
         if self._device.type == "cuda":

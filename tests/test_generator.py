@@ -17,6 +17,7 @@ from ds_offload.decode import DecodeLoop
 from ds_offload.errors import MemoryPlanError
 from ds_offload.memory_check import check_request
 from ds_offload.planning.request import host_total
+from ds_offload.prefetch.link_timer import LinkTime, LinkTimer
 
 NEW = 16
 LENGTHS = (150, 37, 201)
@@ -317,6 +318,16 @@ def test_the_first_two_steps_do_not_count_where_there_are_others(
         stats = gen.generate(random_prompts(100)[0], max_new_tokens=new).stats
     assert len(steps) == new - 1 and stats["first_steps_s"] >= 1
     assert (stats["decode_ms_per_token"] > 400) is slow
+
+
+def test_waiting_is_that_of_the_steps_that_are_timed(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nanoseconds of each of three layers: behind the second step, and at the end.
+    waited = iter(([7_000_000_000] * 3, [7_002_000_000] * 3))
+    monkeypatch.setattr(LinkTimer, "total", lambda timer: LinkTime([10**9] * 3, next(waited)))
+    with make(llama, token_budget=24) as gen:
+        stats = gen.generate(random_prompts(100)[0], max_new_tokens=5).stats
+    assert stats["stall_ms_per_token"] == 3.0
+    assert stats["layers"]["stall_ms_per_token"] == [1.0] * 3
 
 
 def test_stats_have_the_contracts_names(llama: Path) -> None:

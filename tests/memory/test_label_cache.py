@@ -114,3 +114,20 @@ def test_product_labels_are_those_of_the_keys_and_scores_use_their_layers_code()
     layer = cache.layer(1)
     assert layer.rows.data_ptr() == cache.rows[1].data_ptr()
     assert torch.equal(layer.code.words, product_code(LAYERS, HEADS, head_dim=DIM).words[1])
+
+
+def test_where_only_the_order_matters_product_labels_give_whole_numbers() -> None:
+    cache = make_product([40, 9])
+    for sequence, tokens in enumerate((40, 9)):
+        cache.write_prompt(0, sequence, 0, torch.randn(HEADS, tokens, DIM))
+    query, lengths = torch.randn(2, HEADS, DIM), torch.tensor([33, 9])
+    scores = cache.scores(0, query, lengths, 40, 0.5)
+    whole = cache.scores(0, query, lengths, 40, 0.5, order=True)
+    assert whole.dtype == torch.int16 and torch.equal(whole == -1, scores.isinf())
+    for numbers, floats in zip(whole.flatten(0, 1), scores.flatten(0, 1), strict=True):
+        assert torch.equal(numbers.sort(stable=True).indices, floats.sort(stable=True).indices)
+    # Weights are no whole numbers, nor are scores of other labels.
+    assert cache.scores(0, query, lengths, 40, 0.5, weights=True, order=True).dtype == torch.float32
+    assert cache.scores(0, torch.randn(2, 2 * HEADS, DIM), lengths, 40, 0.5, order=True).dtype == torch.float32
+    scalar, _, _ = make([40, 9], LabelLayout(10, 4))
+    assert scalar.scores(0, query, lengths, 40, 0.5, order=True).dtype == torch.float32
