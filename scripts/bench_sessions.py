@@ -2,6 +2,7 @@
 
 `python scripts/bench_sessions.py --model llama-2-7b --load-format dummy --ctx 128k --folder DISK` prints one JSON
 object. Files are dropped from the page cache before each reading; times are the median, p20 and p80 of `--repeats`.
+`--no-disk` leaves saving and loading out, for a session larger than the disk has room for.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ds_offload import OffloadConfig, OffloadedGenerator
 from ds_offload.bench.environment import Environment
 from ds_offload.bench.timing import Timing
 from ds_offload.config import parse_tokens
+from ds_offload.session import Session
 
 QUESTION = 32
 _READ_BYTES = 8 << 20
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--ctx", default="8k", help="tokens of the document")
     parser.add_argument("--kv-dtype", default="auto", help="how K/V are stored: bf16, int8, int4 or auto")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="a folder on the disk to measure")
+    parser.add_argument("--no-disk", action="store_true", help="neither save nor load: ask the session that was read")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     tokens = parse_tokens(given.ctx)
@@ -45,19 +48,28 @@ def main() -> None:
         with OffloadedGenerator.from_pretrained(
             given.model, config=config, load_format=given.load_format, device=given.device
         ) as generator:
-            print(json.dumps(measure(generator, tokens, place, given.repeats), indent=1))
+            folder = None if given.no_disk else place
+            print(json.dumps(measure(generator, tokens, folder, given.repeats), indent=1))
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def measure(generator: OffloadedGenerator, tokens: int, place: Path, repeats: int) -> dict[str, Any]:
-    """All figures of one document."""
+def measure(generator: OffloadedGenerator, tokens: int, place: Path | None, repeats: int) -> dict[str, Any]:
+    """All figures of one document; those of the disk where a folder is given."""
     chosen = torch.Generator().manual_seed(0)
     ids = torch.randint(0, generator.loaded.source.shape.vocab_size, (tokens + QUESTION,), generator=chosen).tolist()
     document, question = ids[:tokens], ids[tokens:]
+    figures = {
+        **dataclasses.asdict(Environment.of(generator.loaded.device)),
+        "model": generator.loaded.source.name,
+        "kv_dtype": generator.config.kv_dtype,
+        "tokens": tokens,
+    }
     started = time.perf_counter()
     with generator.prefill(document) as session:
-        read_s = time.perf_counter() - started
+        figures["read_document_s"] = time.perf_counter() - started
+        if place is None:
+            return {**figures, **question_times(session, question, repeats)}
         save_s = timed(lambda: session.save(place))
         nbytes = session.save(place).nbytes
     disk, load = [], []
@@ -67,25 +79,27 @@ def measure(generator: OffloadedGenerator, tokens: int, place: Path, repeats: in
         drop(place)
         load.append(timed(lambda: generator.load_session(place).close()))
     with generator.load_session(place) as session:
-        session.ask(question, keep=False, max_new_tokens=4)
-        asked = [session.ask(question, keep=False, max_new_tokens=1).stats["prefill_s"] for _ in range(repeats)]
-        fork_s = timed(lambda: session.fork().close())
+        return {
+            **figures,
+            "bytes": nbytes,
+            "save_gb_per_s": nbytes / save_s / 1e9,
+            "disk_s": spread(disk),
+            "load_s": spread(load),
+            "disk_gb_per_s": nbytes / Timing.of(disk).median / 1e9,
+            "load_gb_per_s": nbytes / Timing.of(load).median / 1e9,
+            "load_share_of_disk": Timing.of(disk).median / Timing.of(load).median,
+            **question_times(session, question, repeats),
+        }
+
+
+def question_times(session: Session, question: list[int], repeats: int) -> dict[str, Any]:
+    """What a question after the first one takes to its first token, and a fork."""
+    session.ask(question, keep=False, max_new_tokens=4)
+    asked = [session.ask(question, keep=False, max_new_tokens=1).stats["prefill_s"] for _ in range(repeats)]
     return {
-        **dataclasses.asdict(Environment.of(generator.loaded.device)),
-        "model": generator.loaded.source.name,
-        "kv_dtype": generator.config.kv_dtype,
-        "tokens": tokens,
-        "bytes": nbytes,
-        "read_document_s": read_s,
-        "save_gb_per_s": nbytes / save_s / 1e9,
-        "disk_s": spread(disk),
-        "load_s": spread(load),
-        "disk_gb_per_s": nbytes / Timing.of(disk).median / 1e9,
-        "load_gb_per_s": nbytes / Timing.of(load).median / 1e9,
-        "load_share_of_disk": Timing.of(disk).median / Timing.of(load).median,
-        "second_question_tokens": QUESTION,
+        "second_question_tokens": len(question),
         "second_question_first_token_s": spread(asked),
-        "fork_s": fork_s,
+        "fork_s": timed(lambda: session.fork().close()),
     }
 
 

@@ -126,13 +126,18 @@ for hot_set in 1.25 2 4; do
 done
 
 part=sessions
-if is_wanted sessions-16k; then
-  echo "==> sessions-16k: scripts/bench_sessions.py"
-  if measure sessions-16k "$python" scripts/bench_sessions.py --model llama-2-7b --load-format dummy --ctx 16k \
-    --folder "$folder"; then
-    cat "$folder/sessions-16k.json"
+sessions() {
+  local name=$1
+  shift
+  is_wanted "$name" || return 0
+  echo "==> $name: scripts/bench_sessions.py $*"
+  if measure "$name" "$python" scripts/bench_sessions.py --model llama-2-7b --load-format dummy --folder "$folder" "$@"; then
+    cat "$folder/$name.json"
   fi
-fi
+}
+sessions sessions-16k --ctx 16k
+sessions sessions-128k --ctx 128k --no-disk
+sessions sessions-128k-int4 --ctx 128k --kv-dtype int4
 
 # Every kernel of a step, whose reads and writes are checked one by one: many minutes at a large size.
 part=sanitizer
