@@ -11,6 +11,7 @@ from torch import Tensor
 from ds_offload.decode_layers import DecodeLayers
 from ds_offload.decoder import DecoderStack, Rope
 from ds_offload.kernels.new_token import rotate_heads
+from ds_offload.kernels.select import score_width
 from ds_offload.kv_context import KVContext
 from ds_offload.prefetch.selection import Step, step_values
 from ds_offload.prefetch.streams import capture_stream
@@ -185,7 +186,7 @@ class _StepBuffers:
         self._values = torch.zeros(6, sequences, dtype=torch.int64, device=decoder.device)
         self.tokens = self._values[0]
         lengths, positions, past, keep, keep_ahead = self._values[1:]
-        self.step = Step(lengths, positions, past, keep, keep_ahead, context.most_kept, context.longest)
+        self.step = Step(lengths, positions, past, keep, keep_ahead, context.most_kept, score_width(context.longest))
         self.rope: Rope | None = None
         if not decoder.length_free_rope:
             cos, sin = decoder.rotary_each([0] * sequences)

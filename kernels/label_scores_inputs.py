@@ -126,10 +126,13 @@ class CachedLabels(ABC):
     def summed_weights(self, scores: Tensor, out: Tensor) -> Tensor:
         """Softmax of scores [B, H, T], summed to `out` [B, Hkv, T]; a sequence at a time, so its bits do not vary."""
         for b, (_, length) in enumerate(self.ranges()):
-            weights = scores[b, :, :length].softmax(-1)
-            out[b, :, :length] = weights.unflatten(0, (self.kv_heads, -1)).sum(1)
+            out[b, :, :length] = self.head_weights(scores[b, :, :length])
             out[b, :, length:] = 0
         return out
+
+    def head_weights(self, scores: Tensor) -> Tensor:
+        """Softmax of one sequence's scores [H, n], summed over every group: [Hkv, n]."""
+        return scores.softmax(-1).unflatten(0, (self.kv_heads, -1)).sum(1)
 
 
 @dataclass(frozen=True)

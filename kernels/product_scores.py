@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,14 @@ from torch import Tensor
 
 from ds_offload.kernels.label_scores_inputs import CachedLabels
 from ds_offload.kernels.product_code import PART, WORDS, ProductCode, unpack_parts
-from ds_offload.kernels.product_scores_launch import LARGEST_NUMBER, LEAST_RANGE, launch_scores, launch_weights
+from ds_offload.kernels.product_scores_launch import (
+    HIGHEST,
+    LEAST_RANGE,
+    OCTAVE,
+    launch_scores,
+    launch_weights,
+    product_launch,
+)
 from ds_offload.kernels.triton_runtime import launching
 
 # Tokens looked up at a time by the reference: bounds its numbers of all parts.
@@ -66,9 +74,9 @@ def product_scores(
     """Score each cached token of each sequence once per KV head, for its whole group of query heads.
 
     A head's score of a token is scaling * <q[b, h], decode(label)>, with the numbers that a
-    part's words add to it rounded to 8 bits (`query_tables`). On Gaussian keys and queries
-    of 64 channels that moves scores by 1 % of their root mean square, the code itself by 40 %.
-    With G = 1 these are the result, -inf from lengths[b] on. With G > 1, or with `weights`,
+    part's words add to it rounded to 8 bits, or to 6 where three or four heads share a look-up (`query_tables`).
+    On Gaussian keys and queries of 64 channels that moves scores by 1 or 4 % of their root mean square, the code
+    itself by 40 %. With G = 1 these are the result, -inf from lengths[b] on. With G > 1, or with `weights`,
     it is the softmax of each head's scores over the tokens t < lengths[b], summed over the
     heads of the group, and 0 from lengths[b] on. It does not depend on the other sequences
     of the batch nor on max_length, bit for bit.
@@ -88,18 +96,19 @@ def product_scores(
         scaling: Factor of every score, 1 / sqrt(D) as in the attention.
         out: float32, or int16 if `whole`, [B, Hkv, max_length], contiguous.
         weights: Whether to give weights with G = 1, too.
-        whole: Of scores, give the whole numbers that they are a step's multiples of, which order
-            a head's tokens as its scores do: int16, 0 to 255 P, and -1 from lengths[b] on.
+        whole: Give whole numbers that order a head's tokens as their scores or weights do: int16, and -1 from
+            lengths[b] on. Of scores, those that they are a step's multiples of, 0 to 255 P. Of weights w their
+            logarithms, 240 to an octave: 32640 + 240 log2(w / G), rounded down, at least 0.
 
     Returns:
         float32 or int16 [B, Hkv, max_length]: `out` if given; every element is written.
 
     Raises:
-        ValueError: shapes, dtypes, devices or alignment do not fit, or weights should be whole.
+        ValueError: shapes, dtypes, devices or alignment do not fit.
     """
     inputs = ProductInputs(labels, code, query, starts, lengths, max_length, scaling)
     summed = inputs.group > 1 or weights
-    out = _result(inputs, out, summed, whole)
+    out = inputs.result(inputs.kv_heads, out, torch.int16 if whole else torch.float32)
     if labels.is_cuda:
         inputs.check_alignment()
         with launching(labels.device, "product_scores"):
@@ -110,13 +119,13 @@ def product_scores(
 
     inputs.ranges()
     numbers, steps, offsets = query_tables(inputs)
-    if whole:
+    if whole and not summed:
         steps, offsets = torch.ones_like(steps), torch.zeros_like(offsets)
     scores = inputs.result(inputs.heads, None) if summed or whole else out
     score_bytes(inputs, _byte_tables(numbers).numpy(), steps, offsets, torch.ones(256), scores)
-    if whole:
-        return out.copy_(scores.clamp_(min=-1))
-    return inputs.summed_weights(scores, out) if summed else out
+    if summed:
+        return _summed_weights(inputs, scores, out)
+    return out.copy_(scores.clamp_(min=-1)) if whole else out
 
 
 def product_scores_reference(
@@ -134,7 +143,7 @@ def product_scores_reference(
     """`product_scores` in torch: the numbers of every token's words, summed. Waits for the device."""
     inputs = ProductInputs(labels, code, query, starts, lengths, max_length, scaling)
     summed = inputs.group > 1 or weights
-    out = _result(inputs, out, summed, whole)
+    out = inputs.result(inputs.kv_heads, out, torch.int16 if whole else torch.float32)
     scores = inputs.result(inputs.heads, None) if summed else out
     numbers, steps, offsets = query_tables(inputs)
     tables = numbers.unflatten(1, (inputs.kv_heads, inputs.group))
@@ -144,26 +153,33 @@ def product_scores_reference(
             words = unpack_parts(labels[:, start + first : start + last], code.layout)
             index = words.mT[:, None].expand(-1, inputs.group, -1, -1)
             sums = tables[b].gather(-1, index).sum(-2).flatten(0, 1)
-            scores[b, :, first:last] = sums if whole else sums * steps[b, :, None] + offsets[b, :, None]
-        scores[b, :, length:] = -1 if whole else -torch.inf
-    return inputs.summed_weights(scores, out) if summed else out
+            as_they_are = scores.dtype == torch.int16
+            scores[b, :, first:last] = sums if as_they_are else sums * steps[b, :, None] + offsets[b, :, None]
+        scores[b, :, length:] = -1 if scores.dtype == torch.int16 else -torch.inf
+    return _summed_weights(inputs, scores, out) if summed else out
 
 
-def _result(inputs: ProductInputs, out: Tensor | None, summed: bool, whole: bool) -> Tensor:
-    if whole and summed:
-        raise ValueError(f"weights of {inputs.group} query heads per KV head are no whole numbers")
-    return inputs.result(inputs.kv_heads, out, torch.int16 if whole else torch.float32)
+def _summed_weights(inputs: ProductInputs, scores: Tensor, out: Tensor) -> Tensor:
+    """Softmax of scores [B, H, T], summed to `out` [B, Hkv, T]; an int16 `out` takes their logarithms."""
+    if out.dtype != torch.int16:
+        return inputs.summed_weights(scores, out)
+    for b, (_, length) in enumerate(inputs.ranges()):
+        weights = inputs.head_weights(scores[b, :, :length])
+        numbers = (weights.log2_() - math.log2(inputs.group)).mul_(OCTAVE).add_(HIGHEST)
+        out[b, :, :length] = numbers.clamp_(0, HIGHEST)
+        out[b, :, length:] = -1
+    return out
 
 
 def query_tables(inputs: ProductInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """What each word of each part adds to a head's score, as whole numbers from 0 to 255.
+    """What each word of each part adds to a head's score, as whole numbers from 0 to `ProductLaunch.largest`.
 
     Returns:
         The numbers float32 [B, H, P, 16]; and float32 [B, H] each, the step and the offset
         that make a score of their sum: step * sum + offset. Steps are the largest range
-        of any part / 255, offsets the sum of the parts' least values.
+        of any part / the largest number, offsets the sum of the parts' least values.
     """
-    code = inputs.code
+    code, largest = inputs.code, product_launch(inputs.code.layout, inputs.group).largest
     queries = inputs.query.to(torch.float32).unflatten(1, (inputs.kv_heads, inputs.group)) * inputs.scaling
     values = torch.empty(inputs.batch, inputs.heads, code.layout.parts, WORDS, device=queries.device)
     # A sequence at a time: the bits of a product vary with its size.
@@ -173,8 +189,8 @@ def query_tables(inputs: ProductInputs) -> tuple[Tensor, Tensor, Tensor]:
     least = values.amin(-1)
     values = values - least[..., None]
     peak = values.amax((-2, -1)).clamp_(min=LEAST_RANGE)
-    numbers = (values * (LARGEST_NUMBER / peak)[..., None, None]).add_(0.5).floor_().clamp_(max=LARGEST_NUMBER)
-    return numbers, peak / LARGEST_NUMBER, least.sum(-1)
+    numbers = (values * (largest / peak)[..., None, None]).add_(0.5).floor_().clamp_(max=largest)
+    return numbers, peak / largest, least.sum(-1)
 
 
 def _byte_tables(numbers: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Device code of scores of product codes (kernels/product_scores.py): numbers of 8 bits, looked up and summed.
+"""Device code of scores of product codes (kernels/product_scores.py): whole numbers, looked up and summed.
 
 `entries_kernel` makes every head's numbers, `table_kernel` rounds them. It leaves for each pack of HEADS query heads
 of a KV head a table [P, 16] of 32-bit words, each with the heads' numbers for a word of a part: one in a half of it
@@ -8,7 +8,7 @@ in 64 bytes: whatever entries the threads of a warp want, they lie in different 
 
 from __future__ import annotations
 
-from ds_offload.kernels.label_scores_kernels import dot4, row_words
+from ds_offload.kernels.label_scores_kernels import row_words
 from ds_offload.kernels.triton_runtime import jit, tl
 
 
@@ -60,6 +60,7 @@ def table_kernel(
     HEADS: tl.constexpr,
     PARTS: tl.constexpr,
     PARTS_PAD: tl.constexpr,
+    LARGEST: tl.constexpr,
     LEAST_RANGE: tl.constexpr,
 ):
     """One pack's table out of its heads' entries, and each head's step and offset: factors [B * H, 2]."""
@@ -74,53 +75,60 @@ def table_kernel(
         least = tl.min(values, 1)
         values -= least[:, None]
         peak = tl.maximum(tl.max(tl.max(values, 1), 0), LEAST_RANGE)
-        numbers = tl.minimum(tl.floor(values * (255.0 / peak) + 0.5), 255.0).to(tl.int32)
+        numbers = tl.minimum(tl.floor(values * (LARGEST / peak) + 0.5), LARGEST).to(tl.int32)
         packed |= numbers << ((8 if HEADS > 2 else 16) * g)
-        tl.store(factors + row * 2, peak * (1.0 / 255.0))
+        tl.store(factors + row * 2, peak * (1.0 / LARGEST))
         tl.store(factors + row * 2 + 1, tl.sum(least, 0))
     tl.store(table + pack * PARTS * 16 + at, packed, mask=there[:, None])
 
 
 @jit
-def pack_sums(words, table, PARTS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, PTX: tl.constexpr):
-    """Sums of the pack's numbers over the parts of labels: two int32 [BLOCK] that hold heads in their halves.
+def pack_sums(words, table, PARTS: tl.constexpr, HEADS: tl.constexpr, LOOKUP: tl.constexpr, EACH: tl.constexpr):
+    """Sums of the pack's numbers over the parts of labels: one or two int32 [BLOCK], a tuple for `head_sum`.
 
-    One or two heads are in the first of them, of more the even ones in the first and the odd ones in the second.
-
-    A lookup's address takes one instruction, and none of those that shift and mask, of which a device does half as
-    many: `dot4` picks one of four words, times the 4 bytes of an entry, and adds it to the low half of the address.
-    A part's 64 bytes begin at a multiple of 64, so nothing is carried into the high half.
+    LOOKUP is `lookup_ptx` for EACH tokens of a thread; Triton's interpreter, which has no PTX, is given "".
     """
-    address = table.to(tl.uint64)
-    low = address.to(tl.int32)
-    high = (address >> 32) << 32
-    total = tl.zeros([BLOCK], tl.int32)
-    even = tl.zeros([BLOCK], tl.int32)
-    last = tl.zeros([BLOCK], tl.int32)
-    for part in tl.static_range(PARTS):
-        numbers = (words[part // 8] >> (4 * (part % 2))) & 0x0F0F0F0F
-        place = dot4(numbers, tl.full([], 4 << (8 * (part % 8 // 2)), tl.int32), low, PTX)
-        entry = tl.load((high | place.to(tl.uint32)).to(tl.pointer_type(tl.int32)) + part * 16)
-        total += entry
-        if HEADS > 2:
-            even += entry & 0x00FF00FF
-        if HEADS > 3:
-            # The sum of the highest bytes does not fit above the others'.
-            last = dot4(entry, tl.full([], 1 << 24, tl.int32), last, PTX)
-    if HEADS <= 2:
-        return total, even
-    else:  # noqa: RET505 - the branch is chosen when it is compiled
-        return even, ((total - even - (last << 24)) >> 8) | (last << 16)
+    # As many as `sum_words` says.
+    RESULTS: tl.constexpr = 2 if HEADS > 2 else 1
+    address = (table.to(tl.uint64),)
+    OPERANDS: tl.constexpr = "=&r," * (RESULTS * EACH) + "r," * (len(words) * EACH) + "l," * (EACH - 1) + "l"
+    if LOOKUP == "":
+        first = tl.zeros_like(words[0]).to(tl.int32)
+        second = first
+        for part in tl.static_range(PARTS):
+            entry = tl.load(table + part * 16 + ((words[part // 8] >> (4 * (part % 8))) & 15).to(tl.int32))
+            first += entry & 0x00FF00FF if HEADS > 2 else entry
+            second += (entry >> 8) & 0x00FF00FF
+        return (first, second) if HEADS > 2 else (first,)
+    elif HEADS > 2:  # noqa: RET505 - the branch is chosen when it is compiled
+        return tl.inline_asm_elementwise(
+            *(LOOKUP, OPERANDS, words + address), dtype=(tl.int32, tl.int32), is_pure=False, pack=EACH
+        )
+    else:
+        sums = tl.inline_asm_elementwise(*(LOOKUP, OPERANDS, words + address), dtype=tl.int32, is_pure=False, pack=EACH)
+        return (sums,)
 
 
 @jit
-def head_sum(even, odd, g: tl.constexpr, HEADS: tl.constexpr):
-    """Head g's sum out of those of its pack: int32."""
-    if HEADS <= 2:
-        return (even >> (16 * g)) & 0xFFFF
+def head_sum(packed, g: tl.constexpr, HEADS: tl.constexpr):
+    """Head g's sum out of those of its pack: int32.
+
+    A word has two heads in its halves: heads 0 and 1 of up to two; of more, the even ones in the first word and the
+    odd ones in the second.
+    """
+    if HEADS > 2:
+        return (packed[g % 2] >> (16 * (g // 2))) & 0xFFFF
     else:  # noqa: RET505
-        both = even if g % 2 == 0 else odd
-        return (both >> (16 * (g // 2))) & 0xFFFF
+        return (packed[0] >> (16 * g)) & 0xFFFF
+
+
+@jit
+def store_row(out, row, token, length, values, ALIGNMENT: tl.constexpr):
+    """Store values of a row's tokens, those below its length; ALIGNMENT bytes divide where each row begins."""
+    ELEMENTS: tl.constexpr = ALIGNMENT * 8 // out.dtype.element_ty.primitive_bitwidth
+    # The length is a multiple of ELEMENTS; seeing that, the compiler stores as many at a time.
+    inside = token < length // ELEMENTS * ELEMENTS
+    tl.store(tl.multiple_of(out + row * length + token, ALIGNMENT), values, mask=inside)
 
 
 @jit(do_not_specialize=["labels", "head_stride", "max_length"])
@@ -137,8 +145,10 @@ def scores_kernel(
     PARTS: tl.constexpr,
     ROW_WORDS: tl.constexpr,
     VECTOR: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    EACH: tl.constexpr,
     BLOCK: tl.constexpr,
-    PTX: tl.constexpr,
 ):
     """Scores of one block of tokens with one query head per KV head: out [B, Hkv, max_length], int16: the sums."""
     WHOLE: tl.constexpr = out.dtype.element_ty == tl.int16
@@ -153,13 +163,14 @@ def scores_kernel(
     if first < length:
         rows = labels.to(tl.pointer_type(tl.uint32)) + (start + token) * ROW_WORDS
         words = row_words(rows, live, ROW_WORDS, VECTOR, BLOCK)
-        sums, _ = pack_sums(words, table + pair * PARTS * 16, PARTS, 1, BLOCK, PTX)
+        packed = pack_sums(words, table + pair * PARTS * 16, PARTS, 1, LOOKUP, EACH)
         if WHOLE:
-            scores = tl.where(live, sums, -1).to(tl.int16)
+            scores = tl.where(live, packed[0], -1).to(tl.int16)
         else:
             step = tl.load(factors + pair * 2)
-            scores = tl.where(live, sums.to(tl.float32) * step + tl.load(factors + pair * 2 + 1), float("-inf"))
-    tl.store(out + pair * max_length + token, scores, mask=token < max_length)
+            score = packed[0].to(tl.float32) * step + tl.load(factors + pair * 2 + 1)
+            scores = tl.where(live, score, float("-inf"))
+    store_row(out, pair, token, max_length, scores, ALIGNMENT)
 
 
 @jit(do_not_specialize=["labels", "head_stride", "group", "blocks", "sums_stride"])
@@ -180,10 +191,11 @@ def sums_kernel(
     ROW_WORDS: tl.constexpr,
     HEADS: tl.constexpr,
     VECTOR: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    EACH: tl.constexpr,
     BLOCK: tl.constexpr,
-    PTX: tl.constexpr,
 ):
-    """Sums of one block of tokens for one pack: sums int16 [B * H, sums_stride]; peak and sum of its weights.
+    """Sums of one block of tokens for one pack: sums [packs, words, sums_stride]; peak and sum of each head's weights.
 
     Partials are [B * H, 2, blocks], as in kernels/label_scores_kernels.py. Blocks without
     tokens are left as they are: nothing reads them.
@@ -199,22 +211,35 @@ def sums_kernel(
     if block * BLOCK < length:
         rows = labels.to(tl.pointer_type(tl.uint32)) + (start + token) * ROW_WORDS
         words = row_words(rows, live, ROW_WORDS, VECTOR, BLOCK)
-        even, odd = pack_sums(words, table + pack * PARTS * 16, PARTS, HEADS, BLOCK, PTX)
+        packed = pack_sums(words, table + pack * PARTS * 16, PARTS, HEADS, LOOKUP, EACH)
+        # Where sums begin is not told to be aligned: the compiler would store several of a thread at once, and to bring
+        # them there exchange all of a program's labels between its threads.
+        target = sums + pack * len(packed) * sums_stride + token
+        for n in tl.static_range(len(packed)):
+            tl.store(target + n * sums_stride, packed[n].to(sums.dtype.element_ty), mask=live)
         for g in tl.static_range(HEADS):
-            # Not pack * HEADS + g: where a head's sums are known to be aligned, the compiler stores several of a
-            # thread at once, and to bring them there exchanges every entry between threads.
-            head = pair * group + tl.program_id(2) * HEADS + g
-            total = head_sum(even, odd, g, HEADS)
-            tl.store(sums + head * sums_stride + token, total.to(tl.int16), mask=live)
+            head = pack * HEADS + g
+            number = head_sum(packed, g, HEADS)
+            most = tl.max(tl.where(live, number, 0), 0)
             step = tl.load(factors + head * 2)
-            scores = tl.where(live, total.to(tl.float32) * step + tl.load(factors + head * 2 + 1), float("-inf"))
-            peak = tl.max(scores, 0)
-            target = partials + head * 2 * blocks + block
-            tl.store(target, peak)
-            tl.store(target + blocks, tl.sum(tl.exp2(scores - peak), 0))
+            weight = tl.exp2((number - most).to(tl.float32) * step)
+            partial = partials + head * 2 * blocks + block
+            tl.store(partial, most.to(tl.float32) * step + tl.load(factors + head * 2 + 1))
+            tl.store(partial + blocks, tl.sum(tl.where(live, weight, 0.0), 0))
 
 
-@jit(do_not_specialize=["sums_stride", "max_length"])
+@jit
+def log2(value, PTX: tl.constexpr):
+    """The binary logarithm, about as exact as the device has it in one instruction."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:  # noqa: RET505
+        return tl.log2(value)
+
+
+@jit(do_not_specialize=["max_length"])
 def weights_kernel(
     sums,
     factors,
@@ -224,21 +249,43 @@ def weights_kernel(
     kv_heads,
     sums_stride,
     max_length,
-    G: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    OCTAVE: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """Weights of one block of tokens, summed over the G heads of a group: out [B, Hkv, max_length]."""
+    """Weights of one block of tokens, summed over a group: out [B, Hkv, max_length], int16: their logarithms."""
+    WORDS: tl.constexpr = 2 if HEADS > 2 else 1
     first = tl.program_id(0).to(tl.int64) * BLOCK
     pair = tl.program_id(1).to(tl.int64)
     length = tl.load(lengths + pair // kv_heads)
     token = first + tl.arange(0, BLOCK)
     live = token < length
+    # What lies behind a row's sums is read, too, and not used: so the compiler loads several at once.
+    there = token < sums_stride
     weights = tl.zeros([BLOCK], tl.float32)
     if first < length:
-        for g in range(G):
-            head = pair * G + g
-            total = tl.load(sums + head * sums_stride + token, mask=live, other=0).to(tl.float32)
-            scores = total * tl.load(factors + head * 2) + tl.load(factors + head * 2 + 1)
-            weight = tl.exp2(scores - tl.load(totals + head * 2)) * tl.load(totals + head * 2 + 1)
-            weights += tl.where(live, weight, 0.0)
-    tl.store(out + pair * max_length + token, weights, mask=token < max_length)
+        for pack in range(GROUP // HEADS):
+            row = (pair * (GROUP // HEADS) + pack) * WORDS
+            source = sums + row * sums_stride + token
+            packed = (tl.load(source, mask=there, other=0).to(tl.int32),)
+            if WORDS == 2:
+                odd = (tl.load(source + sums_stride, mask=there, other=0).to(tl.int32),)
+                packed = packed + odd
+            for g in tl.static_range(HEADS):
+                head = pair * GROUP + pack * HEADS + g
+                lift = tl.load(factors + head * 2 + 1) - tl.load(totals + head * 2)
+                lift += log2(tl.load(totals + head * 2 + 1), PTX)
+                # As the last bits of 2 ** 23: a device makes a quarter as many floats of whole numbers of 16 bits.
+                number = (head_sum(packed, g, HEADS) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+                weights += tl.exp2(number * tl.load(factors + head * 2) + lift)
+    if out.dtype.element_ty == tl.int16:
+        # Nothing is above the group's number of heads, and of weights too small for a float the logarithm is -inf.
+        number = (log2(weights, PTX) - log2(tl.full([1], GROUP, tl.float32), PTX)) * OCTAVE + HIGHEST
+        number = tl.minimum(tl.maximum(number, 0.0), HIGHEST).to(tl.int16)
+        store_row(out, pair, token, max_length, tl.where(live, number, -1), ALIGNMENT)
+    else:
+        store_row(out, pair, token, max_length, tl.where(live, weights, 0.0), ALIGNMENT)

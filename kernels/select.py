@@ -41,8 +41,15 @@ class SelectLaunch:
     width: int = 512
 
 
+# Tokens that a row of scores is a multiple of: several are read and written at once.
+_ROW_TOKENS = 64
 # Samples, list, and warps of a program that holds either, the fastest first.
 _BRACKETS = ((4096, 8192, 8), (8192, 16384, 16), (16384, 32768, 16))
+
+
+def score_width(length: int) -> int:
+    """Columns of scores of `length` tokens, at least, such that every row begins at a multiple of 16 bytes."""
+    return -(-length // _ROW_TOKENS) * _ROW_TOKENS
 
 
 def select_launch(length: int, count: int) -> SelectLaunch:

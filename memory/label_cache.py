@@ -98,8 +98,8 @@ class LabelCache:
         Returns:
             `[B, Hkv, max_length]` float32. With several query heads per KV head, or with
             `weights`: the heads' softmax over the tokens, summed, and 0 at and beyond
-            `lengths`. Else the scores, and -inf there, or, int16, numbers that order
-            tokens as scores do, and -1 there.
+            `lengths`. Else the scores, and -inf there. With `order`, where the code gives them, int16
+            numbers that order tokens as these do, and -1 there.
         """
         rows = self.rows[layer]
         return self.code.scores(layer, rows, query, self.starts, lengths, max_length, scaling, weights, order)

@@ -132,5 +132,5 @@ class ProductLabels:
     ) -> Tensor:
         """Scores of a layer's labels; see `LabelCache.scores`."""
         code = self._codes.layer(layer)
-        whole = order and not weights and query.shape[1] == self.kv_heads
+        whole = order and not weights
         return product_scores(rows, code, query, starts, lengths, max_length, scaling, weights=weights, whole=whole)

@@ -115,7 +115,7 @@ class CacheShape:
     @property
     def whole_scores(self) -> bool:
         """Whether scores are whole numbers of 16 bits (`kernels/product_scores.py`), not of 32."""
-        return isinstance(self.labels, ProductLayout) and not self.weighed
+        return isinstance(self.labels, ProductLayout) and not self.top_p
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ds_offload.kernels.label_scores import REFERENCE_BLOCK
 from ds_offload.kernels.label_scores_launch import scores_launch
 from ds_offload.kernels.product_code import PART, REFERENCE_TOKENS, WORDS
 from ds_offload.kernels.product_scores_launch import weights_bytes
-from ds_offload.kernels.select import select_launch
+from ds_offload.kernels.select import score_width, select_launch
 from ds_offload.kernels.slot_attention_launch import slot_attention_launch
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _cuda_step(shape: CacheShape) -> int:
     Predicted tokens are lent to the compute stream, and scores to the look-ahead. While a
     graph is captured the allocator takes no lent tensor back, so those of every layer add up.
     """
-    rows, heads, sequences, longest = shape.rows, shape.heads, len(shape.capacities), max(shape.capacities)
+    rows, heads, sequences, longest = shape.rows, shape.heads, len(shape.capacities), score_width(max(shape.capacities))
     tokens, ahead = rows * shape.most_kept * 8, rows * shape.look_ahead * 8
     scores = selecting = weighing = 0
     if shape.scored:

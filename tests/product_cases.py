@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ds_offload.kernels.product_code import PART, WORDS, ProductCode, decode_product, encode_product_reference
+from ds_offload.kernels.product_scores_launch import product_launch
 
 Case = tuple[torch.Tensor, ProductCode, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -69,13 +70,17 @@ def exact_scores(case: Case, max_length: int, scaling: float) -> torch.Tensor:
 
 
 def table_steps(case: Case, scaling: float) -> torch.Tensor:
-    """A 255th of the largest range of any part, float64 [B, H]: half of it is what a part may be off."""
-    _, code, query, _, _ = case
+    """What numbers of a table are multiples of, float64 [B, H]: half of it is what a part may be off.
+
+    The largest range of any part, over the largest number.
+    """
+    labels, code, query, _, _ = case
     wide = double(code)
     kv_heads = len(wide.mean)
     turned = query.double().unflatten(1, (kv_heads, -1)) @ wide.turn.mT * scaling
     values = torch.einsum("bhgpi,hpwi->bhgpw", turned.unflatten(-1, (-1, PART)), wide.words).flatten(1, 2)
-    return (values.amax(-1) - values.amin(-1)).amax(-1) / 255
+    largest = product_launch(code.layout, query.shape[1] // len(labels)).largest
+    return (values.amax(-1) - values.amin(-1)).amax(-1) / largest
 
 
 def weights_of(scores: torch.Tensor, lengths: torch.Tensor, kv_heads: int) -> torch.Tensor:

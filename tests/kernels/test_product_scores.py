@@ -96,21 +96,43 @@ def test_whole_numbers_order_tokens_as_scores_do(
     check_whole(out, case, 0.2, 0.0)
 
 
-def test_numbers_fill_8_bits_and_stand_for_the_table() -> None:
-    case = product_case(64, 2, 3, [5])
+@pytest.mark.parametrize(("group", "largest"), [(1, 255), (2, 255), (3, 63), (4, 63), (5, 255), (8, 63)])
+def test_numbers_fill_their_bits_and_stand_for_the_table(group: int, largest: int) -> None:
+    case = product_case(64, 2, group, [5])
     inputs = ProductInputs(*case, 5, 0.3)
     numbers, steps, offsets = query_tables(inputs)
     assert torch.equal(numbers, numbers.round()) and numbers.amin() == 0
-    assert torch.equal(numbers.amax((-2, -1)), torch.full((1, 6), 255.0))
+    assert torch.equal(numbers.amax((-2, -1)), torch.full((1, 2 * group), float(largest)))
     torch.testing.assert_close(steps.double(), table_steps(case, 0.3), rtol=1e-4, atol=0)
     # A label of words 0 alone scores the sum of their numbers.
     labels = torch.zeros_like(case[0])
     scores = product_scores_reference(labels, *case[1:], 5, 0.3, weights=True)
-    torch.testing.assert_close(scores, torch.full((1, 2, 5), 0.6))
+    torch.testing.assert_close(scores, torch.full((1, 2, 5), group / 5))
     exact = exact_scores((labels, *case[1:]), 5, 0.3)
     torch.testing.assert_close(
         (numbers[..., 0].sum(-1) * steps + offsets).double(), exact[..., 0], rtol=0, atol=float(steps.max()) * 8.1
     )
+
+
+@pytest.mark.parametrize("score", [product_scores, product_scores_reference])
+@pytest.mark.parametrize("scaling", [0.2, 30.0])
+@pytest.mark.parametrize(("head_dim", "kv_heads", "group", "lengths"), SHAPES)
+def test_whole_numbers_of_weights_are_their_logarithms(
+    score: Callable, scaling: float, head_dim: int, kv_heads: int, group: int, lengths: list[int]
+) -> None:
+    case, max_length = product_case(head_dim, kv_heads, group, lengths), max(lengths) + 9
+    out = with_out(case, max_length).to(torch.int16)
+    assert score(*case, max_length, scaling, out=out, weights=True, whole=True) is out
+    check_logarithms(out, score(*case, max_length, scaling, weights=True), group, case[4])
+
+
+def check_logarithms(out: torch.Tensor, weights: torch.Tensor, group: int, lengths: torch.Tensor) -> None:
+    """Whole numbers `out` of `weights`, each rounded down, but for the last bits of a logarithm."""
+    expected = (240 * (weights.double() / group).log2() + 32640).clamp(0, 32640)
+    there = torch.arange(out.shape[2], device=out.device) < lengths[:, None, None]
+    assert (out[~there.expand_as(out)] == -1).all()
+    lower = (expected - out)[there.expand_as(out)]
+    assert lower.numel() == 0 or (lower.min() > -0.05 and lower.max() < 1.05)
 
 
 def test_queries_of_zeros_weigh_all_tokens_alike() -> None:
@@ -161,7 +183,6 @@ def test_wrong_arguments_are_named(score: Callable) -> None:
         ({"lengths": lengths.int()}, "lengths .* must be int64"),
         ({"max_length": 4}, "sequence 0: rows 3 to 8 do not fit"),
         ({"out": torch.zeros(1, 4, 5)}, r"out .* must be float32 \(1, 2, 5\)"),
-        ({"whole": True}, "weights of 2 query heads per KV head are no whole numbers"),
     ]
     for change, message in changes:
         with pytest.raises(ValueError, match=message):
@@ -211,6 +232,15 @@ def test_cuda_whole_numbers(head_dim: int, kv_heads: int, lengths: list[int]) ->
     out = product_scores(*to_cuda(case), max_length, 0.2, whole=True)
     # An entry may round to the other side.
     check_whole(out, case, 0.2, 2.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "kv_heads", "group", "lengths"), [*SHAPES, (128, 8, 4, [40_000, 3, 0])])
+def test_cuda_logarithms_of_weights(head_dim: int, kv_heads: int, group: int, lengths: list[int]) -> None:
+    case = to_cuda(product_case(head_dim, kv_heads, group, lengths))
+    for max_length in (max(lengths), max(lengths) + 77):
+        out = product_scores(*case, max_length, 0.2, weights=True, whole=True)
+        check_logarithms(out, product_scores(*case, max_length, 0.2, weights=True), group, case[4])
 
 
 @pytest.mark.gpu

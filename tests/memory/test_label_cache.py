@@ -126,8 +126,14 @@ def test_where_only_the_order_matters_product_labels_give_whole_numbers() -> Non
     assert whole.dtype == torch.int16 and torch.equal(whole == -1, scores.isinf())
     for numbers, floats in zip(whole.flatten(0, 1), scores.flatten(0, 1), strict=True):
         assert torch.equal(numbers.sort(stable=True).indices, floats.sort(stable=True).indices)
-    # Weights are no whole numbers, nor are scores of other labels.
+    # Of weights they are logarithms.
+    grouped = torch.randn(2, 2 * HEADS, DIM)
+    weights = cache.scores(0, grouped, lengths, 40, 0.5)
+    whole = cache.scores(0, grouped, lengths, 40, 0.5, order=True)
+    assert whole.dtype == torch.int16 and torch.equal(whole == -1, weights == 0)
+    for numbers, floats in zip(whole.flatten(0, 1), weights.flatten(0, 1), strict=True):
+        assert (floats[numbers.sort(stable=True).indices].diff() > -0.003 * floats.max()).all()
+    # Where weights are asked for they are given, and other labels have no whole numbers.
     assert cache.scores(0, query, lengths, 40, 0.5, weights=True, order=True).dtype == torch.float32
-    assert cache.scores(0, torch.randn(2, 2 * HEADS, DIM), lengths, 40, 0.5, order=True).dtype == torch.float32
     scalar, _, _ = make([40, 9], LabelLayout(10, 4))
     assert scalar.scores(0, query, lengths, 40, 0.5, order=True).dtype == torch.float32

@@ -90,8 +90,8 @@ def test_product_codes_are_counted_with_their_labels_and_prompts_need_no_copy_fo
     assert plan_memory(cache_shape(labels=ProductLayout(128), cuda=False), 0).labels == 32 * 32 * tokens * 16
     assert prefill_bytes(scalar) - prefill_bytes(product) == 8 * 4096 * 32 * 60
     grouped = [cache_shape(heads=64, kv_heads=16, labels=labels) for labels in (LabelLayout(60, 2), ProductLayout(128))]
-    # Of each query head 16 bits a token, and its share of a table.
-    more = decode_bytes(grouped[1]) - decode_bytes(grouped[0])
+    # Of each query head 16 bits a token, and its share of a table; of each KV head's scores, lent in every layer, half.
+    more = decode_bytes(grouped[1]) - decode_bytes(grouped[0]) + 32 * 16 * tokens * 2
     assert 0 < more <= 64 * tokens * 2 + 64 * 32 * 64
 
 
