@@ -13,7 +13,8 @@ from ds_offload.config import OffloadConfig
 from ds_offload.context_stores import ContextStores
 from ds_offload.decoder import DecoderStack, Rope
 from ds_offload.kernels.coded_attention import coded_attention
-from ds_offload.kernels.new_token import HeadNorms, new_token
+from ds_offload.kernels.new_token import HeadNorms, LabelRows, new_token
+from ds_offload.kernels.product_code import encode_new
 from ds_offload.kernels.slot_attention import slot_attention
 from ds_offload.kernels.sparse_attention import sparse_attention
 from ds_offload.label_mass import shares_for
@@ -99,6 +100,7 @@ class KVContext(ContextStores):
                 context=longest,
                 reuse=config.hot_set_multiple > 0,
                 apart=self.window_buffer,
+                admissions=2 if config.prefetch == "exact" else 1,
                 head_dim=rows.store_dim,
                 **heads,
             )
@@ -208,6 +210,7 @@ class KVContext(ContextStores):
         """
         dense = layer in self._dense_layers
         rows = self._new_rows[self._row_of[layer]]
+        labels = None if dense else self.labels.layer(layer)
         with self.streams.producing("rows", layer):
             query = new_token(
                 projected,
@@ -216,8 +219,15 @@ class KVContext(ContextStores):
                 rows,
                 norms=norms,
                 window=self.window_buffer.rows(layer) if self.window_buffer is not None and not dense else None,
-                labels=self.labels.layer(layer) if not dense else None,
+                labels=labels if isinstance(labels, LabelRows) else None,
             )
+        if labels is not None and not isinstance(labels, LabelRows):
+            # Of its own launch, beside the compute stream: nothing reads it in this step.
+            positions = self.streams.lend(step.positions, "writer")
+            with self.streams.on("writer"):
+                self.streams.wait("rows", layer)
+                with self.streams.producing("label", layer):
+                    encode_new(rows[:, :, 0], labels, positions)
         if dense:
             for sequence, store in enumerate(self._dense):
                 one = slice(sequence, sequence + 1)

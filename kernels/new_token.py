@@ -1,4 +1,4 @@
-"""The new token of a decode step: RoPE, its K/V row, its window slot and its label, in one launch or two."""
+"""The new token of a decode step: RoPE, its K/V row, its window slot and its scalar label, in one launch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ds_offload.kernels.label_codec import FLOAT16_MAX, SCALE_SHARE, LabelLayout, encode_labels
 from ds_offload.kernels.new_token_kernels import new_token_kernel, rotate_kernel
-from ds_offload.kernels.product_code import ProductCode, encode_new
 from ds_offload.kernels.triton_runtime import launching, power_of_two
 
 Rope = tuple[Tensor, Tensor]
@@ -35,7 +34,7 @@ class WindowRows:
 
 @dataclass(frozen=True)
 class LabelRows:
-    """One layer's part of the label cache.
+    """One layer's part of a label cache of scalar labels.
 
     Attributes:
         rows: uint8 [Hkv, N, row_bytes], a head's rows side by side.
@@ -52,21 +51,6 @@ class LabelRows:
     starts: Tensor
 
 
-@dataclass(frozen=True)
-class ProductRows:
-    """One layer's part of a label cache of product codes.
-
-    Attributes:
-        rows: uint8 [Hkv, N, row_bytes], a head's rows side by side.
-        code: The layer's code.
-        starts: int64 [B], where each sequence begins.
-    """
-
-    rows: Tensor
-    code: ProductCode
-    starts: Tensor
-
-
 def new_token(
     projected: Tensor,
     rope: Rope,
@@ -75,13 +59,13 @@ def new_token(
     *,
     norms: HeadNorms | None = None,
     window: WindowRows | None = None,
-    labels: LabelRows | ProductRows | None = None,
+    labels: LabelRows | None = None,
 ) -> Tensor:
     """Take in the newest token of each sequence of one layer.
 
     Heads are normed and rotated in float32 and rounded once to the projections' dtype.
     K and V go side by side into `kv_rows` and into the token's window slot, the key's label
-    into the label cache. On CUDA one launch, and another one for a product code; neither waits for anything.
+    into the label cache. On CUDA one launch, which waits for nothing.
 
     Args:
         projected: [B, (H + 2 * Hkv) * D], contiguous: queries, keys, values of the new
@@ -100,17 +84,11 @@ def new_token(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    coded = labels if isinstance(labels, ProductRows) else None
-    labels = labels if isinstance(labels, LabelRows) else None
     _check(projected, rope, positions, kv_rows, window, labels)
     if not projected.is_cuda:
-        query = new_token_reference(projected, rope, positions, kv_rows, norms=norms, window=window, labels=labels)
-    else:
-        with launching(projected.device, "new_token"):
-            query = _launch(projected, rope, positions, kv_rows, norms, window, labels)
-    if coded is not None:
-        encode_new(kv_rows[:, :, 0], coded.code, coded.rows, coded.starts, positions)
-    return query
+        return new_token_reference(projected, rope, positions, kv_rows, norms=norms, window=window, labels=labels)
+    with launching(projected.device, "new_token"):
+        return _launch(projected, rope, positions, kv_rows, norms, window, labels)
 
 
 def _launch(
@@ -166,7 +144,7 @@ def new_token_reference(
     window: WindowRows | None = None,
     labels: LabelRows | None = None,
 ) -> Tensor:
-    """`new_token` in torch, but for product codes (`encode_product_reference`)."""
+    """`new_token` in torch."""
     batch, kv_heads, _, dim = kv_rows.shape
     heads = projected.view(batch, -1, dim)
     count = heads.shape[1] - 2 * kv_heads

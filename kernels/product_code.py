@@ -104,6 +104,21 @@ class ProductCode:
         return self.mean, self.basis, self.turn, self.words
 
 
+@dataclass(frozen=True)
+class ProductRows:
+    """One layer's part of a label cache of product codes.
+
+    Attributes:
+        rows: uint8 [Hkv, N, row_bytes], a head's rows side by side.
+        code: The layer's code.
+        starts: int64 [B], where each sequence begins.
+    """
+
+    rows: Tensor
+    code: ProductCode
+    starts: Tensor
+
+
 def code_bytes(layers: int, kv_heads: int, head_dim: int) -> int:
     """Bytes of a `ProductCode` of all layers."""
     return layers * kv_heads * 4 * (head_dim + 2 * head_dim**2 + WORDS * head_dim)
@@ -140,27 +155,26 @@ def encode_product_reference(keys: Tensor, code: ProductCode, out: Tensor) -> No
         out[:, chunk] = pack_parts(nearest.transpose(1, 2), layout)
 
 
-def encode_new(keys: Tensor, code: ProductCode, rows: Tensor, starts: Tensor, positions: Tensor) -> None:
+def encode_new(keys: Tensor, labels: ProductRows, positions: Tensor) -> None:
     """Encode one key of each sequence where its label belongs. On CUDA one launch, which waits for nothing.
 
     Args:
         keys: [B, Hkv, D] of any float dtype; sequences and heads may be strided.
-        code: Of the layer, on the same device.
-        rows: uint8 [Hkv, N, row_bytes], a head's rows side by side; row starts[b] + positions[b] is written.
-        starts, positions: int64 [B] on the same device.
+        labels: Of the layer, on the same device; row starts[b] + positions[b] is written.
+        positions: int64 [B] on the same device.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    by_head = keys.transpose(0, 1)
+    by_head, code, rows, starts = keys.transpose(0, 1), labels.code, labels.rows, labels.starts
     _check(by_head, code, rows, starts.shape)
     if keys.is_cuda:
         with launching(keys.device, "encode_new"):
             launch_encode(by_head, code, rows, starts, positions)
         return
-    labels = torch.empty(*by_head.shape[:2], rows.shape[2], dtype=torch.uint8)
-    encode_product_reference(by_head, code, labels)
-    rows[:, starts + positions] = labels
+    encoded = torch.empty(*by_head.shape[:2], rows.shape[2], dtype=torch.uint8)
+    encode_product_reference(by_head, code, encoded)
+    rows[:, starts + positions] = encoded
 
 
 def launch_encode(

@@ -35,6 +35,7 @@ class HotSet:
         context: Most tokens of any sequence.
         reuse: Whether rows stay from step to step; without it every step fetches all it selects.
         apart: The window's rows where they stand elsewhere; this one has none of them then.
+        admissions: The most of a layer between two calls of `begin_step`.
 
     Attributes:
         capacity, reuse: As given.
@@ -56,6 +57,7 @@ class HotSet:
         device: torch.device,
         reuse: bool = True,
         apart: WindowBuffer | None = None,
+        admissions: int = 1,
     ) -> None:
         self.capacity = capacity
         self.reuse = reuse
@@ -66,15 +68,16 @@ class HotSet:
         self._rows = {n: torch.empty(shape, dtype=store.dtype, device=device) for n in layers}
         self.window = apart or WindowBuffer(window, self._rows)
         self._state = {n: AdmitState.empty(*heads, capacity, context, device) for n in layers}
-        # Device counters, one a layer: a captured step advances them, and two streams never share one.
-        self._clock = torch.zeros(max(layers, default=0) + 1, dtype=torch.int32, device=device)
-        self._began = torch.zeros_like(self._clock)
-        self._recent = torch.zeros_like(self._clock)
+        # Stamps of a step's admissions, the same for all layers: on the device, since a captured step advances them.
+        self._stamps = torch.arange(1 - admissions, 1, dtype=torch.int32, device=device)
+        self._recent = torch.zeros_like(self._stamps[0])
+        self._admitted = dict.fromkeys(layers, 0)
 
     def begin_step(self) -> None:
         """A new token: what the last one's admissions selected counts as recent from here on."""
-        self._recent.copy_(self._began)
-        torch.add(self._clock, 1, out=self._began)
+        self._recent.copy_(self._stamps[0])
+        self._stamps.add_(len(self._stamps))
+        self._admitted = dict.fromkeys(self._admitted, 0)
         if not self.reuse:
             for state in self._state.values():
                 state.clear()
@@ -90,12 +93,8 @@ class HotSet:
             rows.copy_(other._rows[layer])
             for field in fields(AdmitState):
                 getattr(self._state[layer], field.name).copy_(getattr(other._state[layer], field.name))
-        for mine, others in zip(self._stamps, other._stamps, strict=True):
-            mine.copy_(others)
-
-    @property
-    def _stamps(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._clock, self._began, self._recent
+        self._stamps.copy_(other._stamps)
+        self._recent.copy_(other._recent)
 
     def admit(
         self,
@@ -118,11 +117,14 @@ class HotSet:
         Returns:
             The tokens' places in the layer's rows, `[B, Hkv, K]` int64, -1 for padding.
         """
+        number = self._admitted[layer]
+        assert number < len(self._stamps), f"layer {layer} has had {number} admissions since its step began"
+        self._admitted[layer] += 1
         result = admit_tokens(
             self._state[layer],
             tokens,
-            self._clock[layer].add_(1),
-            self._recent[layer],
+            self._stamps[number],
+            self._recent,
             first_place=self.first_place,
             places=places,
             counts=counts,

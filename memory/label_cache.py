@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ds_offload.kernels.new_token import LabelRows, ProductRows
+from ds_offload.kernels.new_token import LabelRows
+from ds_offload.kernels.product_code import ProductRows
 from ds_offload.memory.label_code import LabelCode
 
 # Tokens encoded at a time: their float32 copies are what a prompt's labels cost in workspace.
@@ -71,7 +72,7 @@ class LabelCache:
             yield head[first : first + stop]
 
     def layer(self, layer: int) -> LabelRows | ProductRows:
-        """One layer's labels, as the kernel that takes in a new token wants them."""
+        """One layer's labels, as the kernel that labels a new token wants them: `new_token`, or `encode_new`."""
         return self.code.new_rows(layer, self.rows[layer], self.starts)
 
     def scores(

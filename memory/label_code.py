@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ds_offload.kernels.label_codec import LabelLayout, encode_labels
 from ds_offload.kernels.label_scores import group_scores
-from ds_offload.kernels.new_token import LabelRows, ProductRows
-from ds_offload.kernels.product_code import ProductCode, encode_product
+from ds_offload.kernels.new_token import LabelRows
+from ds_offload.kernels.product_code import ProductCode, ProductRows, encode_product
 from ds_offload.kernels.product_scores import product_scores
 
 
@@ -31,7 +31,7 @@ class LabelCode(Protocol):
         ...
 
     def new_rows(self, layer: int, rows: Tensor, starts: Tensor) -> LabelRows | ProductRows:
-        """A layer's labels `[Hkv, N, row_bytes]`, as the kernel that takes in a new token wants them."""
+        """A layer's labels `[Hkv, N, row_bytes]`, as the kernel that labels a new token wants them."""
         ...
 
     def scores(
@@ -115,7 +115,7 @@ class ProductLabels:
         encode_product(keys, self._codes.layer(layer), out)
 
     def new_rows(self, layer: int, rows: Tensor, starts: Tensor) -> ProductRows:
-        """A layer's labels `[Hkv, N, row_bytes]`, as the kernel that takes in a new token wants them."""
+        """A layer's labels `[Hkv, N, row_bytes]`, as the kernel that labels a new token wants them."""
         return ProductRows(rows, self._codes.layer(layer), starts)
 
     def scores(

@@ -7,19 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from new_token_case import POSITIONS, RING, SINKS, assert_close_labels, make_case
-from product_cases import product_code
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
 from ds_offload.kernels.label_codec import encode_labels
 from ds_offload.kernels.new_token import (
     HeadNorms,
-    ProductRows,
     WindowRows,
     new_token,
     new_token_reference,
     rotate_heads,
 )
-from ds_offload.kernels.product_code import ProductCode, encode_product
 
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
@@ -74,32 +71,6 @@ def test_the_label_is_that_of_the_rotated_key(bits: int) -> None:
     for b, position in enumerate(POSITIONS):
         written[:, labels.starts[b] + position] = encode_labels(kept[b], labels.layout)
     assert torch.equal(labels.rows, written) and written.any()
-
-
-def product_rows(code: ProductCode, device: str) -> ProductRows:
-    capacity = max(POSITIONS) + 1
-    shape = (len(code.mean), len(POSITIONS) * capacity, code.layout.row_bytes)
-    rows = torch.zeros(shape, dtype=torch.uint8, device=device)
-    starts = torch.arange(len(POSITIONS), device=device) * capacity
-    return ProductRows(rows, code.to(torch.device(device)), starts)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("kv_heads", "group", "dim"), [(3, 2, 64), (2, 5, 12), (8, 4, 128)])
-def test_the_product_code_is_that_of_the_key_as_it_is_kept(
-    kv_heads: int, group: int, dim: int, normed: bool, device: str
-) -> None:
-    case = make_case(kv_heads, group, dim, None, normed, True, torch.bfloat16, device, torch.float16)
-    labels = product_rows(product_code(kv_heads, head_dim=dim), device)
-    query = new_token(*case.arguments, norms=case.norms, window=case.window, labels=labels)
-    written = torch.zeros_like(labels.rows)
-    for b, position in enumerate(POSITIONS):
-        row = int(labels.starts[b]) + position
-        encode_product(case.kv_rows[b, :, None, 0], labels.code, written[:, row : row + 1])
-    assert torch.equal(labels.rows, written) and written.any()
-    again = make_case(kv_heads, group, dim, None, normed, True, torch.bfloat16, device, torch.float16)
-    assert torch.equal(query, new_token(*again.arguments, norms=again.norms, window=again.window))
 
 
 @pytest.mark.parametrize("normed", [False, True])

@@ -11,6 +11,7 @@ from product_cases import double, product_code
 from ds_offload.kernels.product_code import (
     ProductCode,
     ProductLayout,
+    ProductRows,
     code_bytes,
     decode_product,
     encode_new,
@@ -99,7 +100,7 @@ def test_new_tokens_land_behind_their_sequence() -> None:
     rows = torch.full((3, 50, code.layout.row_bytes), 9, dtype=torch.uint8)
     expected = rows.clone()
     expected[:, [7, 31]] = encoded(keys, code)
-    encode_new(keys.transpose(0, 1), code, rows, torch.tensor([0, 30]), torch.tensor([7, 1]))
+    encode_new(keys.transpose(0, 1), ProductRows(rows, code, torch.tensor([0, 30])), torch.tensor([7, 1]))
     assert torch.equal(rows, expected)
 
 
@@ -141,7 +142,7 @@ def test_cuda(head_dim: int, dtype: torch.dtype) -> None:
     assert (ours == expected).float().mean() > 0.999
     new = torch.full((3, 50, code.layout.row_bytes), 9, dtype=torch.uint8, device="cuda")
     starts, positions = torch.tensor([0, 30], device="cuda"), torch.tensor([7, 1], device="cuda")
-    encode_new(keys[:, :2].transpose(0, 1), on_device, new, starts, positions)
+    encode_new(keys[:, :2].transpose(0, 1), ProductRows(new, on_device, starts), positions)
     assert torch.equal(new[:, [7, 31]], ours[:, :2])
     new[:, [7, 31]] = 9
     assert (new == 9).all()

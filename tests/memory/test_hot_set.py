@@ -15,7 +15,9 @@ CPU = torch.device("cpu")
 HEADS, DIM, LENGTH = 2, 8, 90
 
 
-def make(capacity: int, window: AttentionWindow, sequences: int = 2, reuse: bool = True) -> tuple[HotSet, torch.Tensor]:
+def make(
+    capacity: int, window: AttentionWindow, sequences: int = 2, reuse: bool = True, admissions: int = 1
+) -> tuple[HotSet, torch.Tensor]:
     pool = PinnedPool(CPU)
     shape = {"kv_heads": HEADS, "head_dim": DIM, "device": CPU}
     store = KVStore(
@@ -25,9 +27,8 @@ def make(capacity: int, window: AttentionWindow, sequences: int = 2, reuse: bool
     for number in range(sequences):
         store.reserve(number, LENGTH)
         store.write_prompt(3, number, 0, rows[number])
-    hot = HotSet(
-        store, layers=[3], sequences=sequences, window=window, capacity=capacity, context=LENGTH, reuse=reuse, **shape
-    )
+    sizes = {"sequences": sequences, "capacity": capacity, "context": LENGTH, "admissions": admissions}
+    hot = HotSet(store, layers=[3], window=window, reuse=reuse, **sizes, **shape)
     return hot, rows
 
 
@@ -76,7 +77,7 @@ def test_a_hit_moves_nothing_and_a_miss_evicts_the_least_recently_selected() -> 
 
 
 def test_what_the_last_step_selected_or_brought_is_recent_and_survives_an_admission_that_fills_the_slots() -> None:
-    hot, rows = make(4, AttentionWindow(0, 0), sequences=1)
+    hot, rows = make(4, AttentionWindow(0, 0), sequences=1, admissions=2)
     counts = torch.zeros(1, HEADS, 4, dtype=torch.int64)
     hot.begin_step()
     hot.admit(3, torch.tensor([1, 2]).expand(1, HEADS, -1), counts=counts)
@@ -92,7 +93,7 @@ def test_what_the_last_step_selected_or_brought_is_recent_and_survives_an_admiss
 
 
 def test_without_reuse_every_step_fetches_what_it_selects_but_not_what_it_warmed() -> None:
-    hot, rows = make(4, AttentionWindow(0, 0), sequences=1, reuse=False)
+    hot, rows = make(4, AttentionWindow(0, 0), sequences=1, reuse=False, admissions=2)
     counts = torch.zeros(1, HEADS, 4, dtype=torch.int64)
     for _ in range(3):
         hot.begin_step()

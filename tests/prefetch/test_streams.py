@@ -16,7 +16,7 @@ from ds_offload.prefetch.streams import Faults, Streams
 SLOW = 60_000_000
 NEW = 5
 
-PRODUCERS = ["hidden", "selection", "gather", "rows", "host_write", "kv", "prompt_rows"]
+PRODUCERS = ["hidden", "selection", "gather", "rows", "label", "host_write", "kv", "prompt_rows"]
 
 # Where each wait is what keeps the output right: (prefetch, kv_location, budget, hand-overs to take out, producer to
 # delay). Steps run eagerly here: a captured graph refuses a fork without its event, and its replays are ordered anyway.
@@ -26,6 +26,7 @@ NEEDED = [
     ("speculative", "host", 24, {"selection", "gather"}, "gather"),
     ("off", "host", "1/1", {"rows"}, "rows"),
     ("off", "host", "1/1", {"step"}, "host_write"),
+    ("off", "gpu", 24, {"step"}, "label"),
     ("off", "host", 24, {"kv"}, "kv"),
     ("off", "host", 24, {"prompt_rows"}, "prompt_rows"),
     ("off", "gpu", 24, {"prompt_rows"}, "prompt_rows"),
