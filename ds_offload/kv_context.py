@@ -145,6 +145,7 @@ class KVContext(ContextStores):
             super().close(keep)
         finally:
             self.attended.clear()
+            self.streams.join()
 
     def write_prompt(self, layer: int, sequence: int, rows: Tensor, *, start: int, staging: int) -> None:
         """Take rows `[Hkv, n, 2, D]` of tokens `start` to `start + n`, made as the hand-over `kv` of that layer.

@@ -51,6 +51,8 @@ def read_document(
         undo.callback(context.close, keep=False)
         streamed = plan.prefill_mode == "streamed"
         prefill(generator.decoder, context, 0, ids, on_progress, streamed=streamed, checkpoint=kept)
+        # Nothing waits for a first token: give back what the last layers' rows leave from.
+        context.streams.join()
         undo.pop_all()
     return Session(generator, context, plan, calibration, prompt, ids, len(ids), len(ids))
 

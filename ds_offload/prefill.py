@@ -32,6 +32,9 @@ def prefill(
 ) -> Tensor:
     """Run tokens through all layers and leave their K/V, labels and window in `context`.
 
+    The last layers' rows may still be on their way when the logits are there: whoever reads the store, the labels or
+    the window next joins the streams first (`Streams.join`), as a decode step and another prefill do.
+
     A prompt goes through a layer as a whole: its hidden states, its queries and two layers'
     K/V are on the device. Where it is streamed, or continues a sequence, it goes through
     the layer in pieces, whose queries attend to the tokens before them as the store has
@@ -76,8 +79,6 @@ def prefill(
                 checkpoint.save(context, sequence, states.whole, layer + 1)
             pace.finish_layer()
         work.write()
-        for staging in range(2):
-            context.streams.wait("prompt_rows", staging)
         logits = decoder.logits(states.load(slice(-1, None)))[0]
         pace.finish()
     if checkpoint is not None:
@@ -110,6 +111,7 @@ class _Prefill:
         self._queries = torch.empty(size, decoder.heads, decoder.head_dim, **heads)
         # K/V of two pieces, or of one in two layers: one leaves while the next is made.
         self._staging = [torch.empty(decoder.kv_heads, size, 2, decoder.head_dim, **heads) for _ in range(2)]
+        context.streams.hold(*self._staging)
         self._turn = 0
         self._unwritten: list[tuple[int, int, Tensor, int]] = []
         most = start + self._pieces[-1].start

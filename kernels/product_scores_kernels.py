@@ -271,16 +271,16 @@ def weights_kernel(
         for pack in range(GROUP // HEADS):
             row = (pair * (GROUP // HEADS) + pack) * WORDS
             source = sums + row * sums_stride + token
-            packed = (tl.load(source, mask=there, other=0).to(tl.int32),)
+            even = tl.load(source, mask=there, other=0).to(tl.int32)
+            odd = even
             if WORDS == 2:
-                odd = (tl.load(source + sums_stride, mask=there, other=0).to(tl.int32),)
-                packed = packed + odd
+                odd = tl.load(source + sums_stride, mask=there, other=0).to(tl.int32)
             for g in tl.static_range(HEADS):
                 head = pair * GROUP + pack * HEADS + g
                 lift = tl.load(factors + head * 2 + 1) - tl.load(totals + head * 2)
                 lift += log2(tl.load(totals + head * 2 + 1), PTX)
                 # As the last bits of 2 ** 23: a device makes a quarter as many floats of whole numbers of 16 bits.
-                number = (head_sum(packed, g, HEADS) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+                number = (head_sum((even, odd), g, HEADS) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
                 weights += tl.exp2(number * tl.load(factors + head * 2) + lift)
     if out.dtype.element_ty == tl.int16:
         # Nothing is above the group's number of heads, and of weights too small for a float the logarithm is -inf.

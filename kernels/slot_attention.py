@@ -89,9 +89,9 @@ def _launch(query: Tensor, rows: Tensor | StoredRows, slots: Tensor, scaling: fl
     if query.numel() == 0:
         return
     group = query.shape[1] // slots.shape[1]
-    split = slot_attention_launch(group, query.shape[2], query.dtype, rows.dtype).split
-    partials = Partials.empty(query, -(-slots.shape[2] // split))
-    launch_partials(query, rows, slots.contiguous(), scaling, partials, first=0)
+    launch = slot_attention_launch(group, query.shape[2], query.dtype, rows.dtype)
+    partials = Partials.empty(query, -(-slots.shape[2] // launch.split))
+    launch_partials(query, rows, slots.contiguous(), scaling, partials, first=0, launch=launch)
     launch_combine(partials, out)
 
 

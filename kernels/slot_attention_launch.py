@@ -115,7 +115,13 @@ class Partials:
 
 
 def launch_partials(
-    query: Tensor, rows: Tensor | StoredRows, slots: Tensor, scaling: float, partials: Partials, first: int
+    query: Tensor,
+    rows: Tensor | StoredRows,
+    slots: Tensor,
+    scaling: float,
+    partials: Partials,
+    first: int,
+    launch: SlotAttentionLaunch,
 ) -> None:
     """Attention over the splits of `slots`, left in `partials` from split `first` on; CUDA, every argument checked.
 
@@ -133,7 +139,6 @@ def launch_partials(
         kv_heads, capacity, source = rows.shape[1], rows.shape[2], rows
         alignment, strides = row_alignment(rows), (rows.stride(0), rows.stride(1), rows.stride(2))
     group = heads // kv_heads
-    launch = slot_attention_launch(group, head_dim, query.dtype, rows.dtype)
     kernel, shared = (tensor_core_kernel, {"HEADS": launch.heads}) if launch.tensor_cores else (vector_kernel, {})
     kernel[(-(-count // launch.split), batch * kv_heads, -(-group // launch.heads))](
         query,

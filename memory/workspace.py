@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from ds_offload.kernels.coded_attention import coded_attention_launch
+from ds_offload.kernels.coded_attention import coded_attention_launch, window_launch
 from ds_offload.kernels.kv_codec import REFERENCE_ROWS
 from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.kernels.label_scores import REFERENCE_BLOCK
@@ -233,7 +233,7 @@ def _cuda_step(shape: CacheShape) -> int:
     split = slot_attention_launch(group, shape.head_dim, shape.dtype, shape.kv_dtype).split
     splits = -(-(forced + shape.most_kept) // split)
     if shape.layout is not None:
-        splits = -(-forced // split)
+        splits = -(-forced // window_launch(group, shape.head_dim, shape.dtype, shape.kv_dtype).split)
         splits += -(-shape.most_kept // coded_attention_launch(group, shape.head_dim, shape.dtype).split)
     attention = sequences * heads * splits * (shape.head_dim + 2) * 4
     # The result of an admission and its scratch memory are four times the tokens.

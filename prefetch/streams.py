@@ -43,12 +43,12 @@ class Streams:
     - `host_write`: the same rows in the host's store; made by the writer, read in later steps.
     - `kv`: a prompt layer's K/V; made on compute, read by the writer.
     - `prompt_rows`: a prompt layer's rows in the store; made by the writer, waited for
-      before the staging buffer is filled again and before decoding.
+      before the staging buffer is filled again. Those of the last layers are waited for by `join`.
     - `stored`: a block of rows read back from the store; made on prefetch, attended to on compute.
     - `attended`: the same block's attention; made on compute, waited for before the
       prefetch stream fills the buffer again.
 
-    A step begins behind everything the step before gave to any stream (`join`), so
+    A step, and a prefill, begins behind everything that was given to any stream before (`join`), so
     nothing else is handed over from step to step.
 
     The producer calls `producing` around its work, which records the event behind it;
@@ -61,6 +61,7 @@ class Streams:
         self._faults = faults or Faults()
         self._events: dict[tuple[str, int], torch.cuda.Event] = {}
         self._streams: dict[str, torch.cuda.Stream] = {}
+        self._held: list[Tensor] = []
         if self._cuda:
             prefetch, writer, _ = _side_streams(device)
             self._streams = {"compute": torch.cuda.current_stream(device), "prefetch": prefetch, "writer": writer}
@@ -94,11 +95,17 @@ class Streams:
             tensor.record_stream(self._streams[name])
         return tensor
 
+    def hold(self, *tensors: Tensor) -> None:
+        """Keep tensors of the compute stream that another stream reads, until it has joined."""
+        if self._cuda:
+            self._held += tensors
+
     def join(self) -> None:
         """Make the compute stream wait for everything the others were given: the hand-over `step`."""
         if self._cuda and "step" not in self._faults.drop:
             for name in ("prefetch", "writer"):
                 self._streams["compute"].wait_stream(self._streams[name])
+        self._held.clear()
 
     @contextmanager
     def capturing(self) -> Iterator[None]:

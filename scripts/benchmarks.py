@@ -18,6 +18,7 @@ EXTRAS = {
     "stall_ms": "waiting {:.2f} ms",
     "tokens_per_s": "{:,.0f} tokens/s",
     "cpu_use": "{:.2f} cores",
+    "stored_s": "all stored after {:.2f} s",
     "gpu_peak_bytes": "GPU peak {:,.0f}",
 }
 

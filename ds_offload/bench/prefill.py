@@ -166,6 +166,7 @@ class _Prefills:
         vocabulary, generator = loaded.source.shape.vocab_size, torch.Generator().manual_seed(0)
         self._ids = torch.randint(vocabulary, (sizes.tokens,), generator=generator).tolist()
         self._pinned = 0
+        self._stored: list[float] = []
 
     def row(self, name: str, kept: KeptBlocks | None, leave: bool = True) -> BenchRow:
         """Time prefills whose page-locked memory comes from `kept`, and goes there."""
@@ -173,6 +174,7 @@ class _Prefills:
         if cuda:
             torch.cuda.reset_peak_memory_stats(self._loaded.device)
         samples = []
+        self._stored.clear()
         for repeat in range(self._sizes.repeats):
             notice(f"bench prefill: {name}, {repeat + 1} of {self._sizes.repeats}")
             samples.append(self.seconds(kept, leave))
@@ -183,6 +185,7 @@ class _Prefills:
             "s",
             self._limit,
             tokens_per_s=self._sizes.tokens / timing.median,
+            stored_s=Timing.of(self._stored).median,
             gpu_peak_bytes=torch.cuda.max_memory_allocated(self._loaded.device) if cuda else 0,
             gpu_planned_bytes=self._plan.gpu_tensors if cuda else 0,
             host_pinned_bytes=self._pinned,
@@ -191,7 +194,10 @@ class _Prefills:
 
     @torch.no_grad()
     def seconds(self, kept: KeptBlocks | None, leave: bool = True) -> float:
-        """One prefill, the making of its context and all that it locks counted, but not its end."""
+        """One prefill up to its first token, the making of its context and all that it locks counted, but not its end.
+
+        The last layers' rows may be on their way then; when all is stored is noted, too.
+        """
         device, tokens = self._loaded.device, self._sizes.tokens
         started = _now(device)
         with KVContext(self._decoder, self._config, self._calibration, [tokens + 1], kept=kept) as context:
@@ -202,7 +208,8 @@ class _Prefills:
             logits = prefill(self._decoder, context, 0, self._ids, streamed=streamed)
             context.reserve(0, tokens + 1)
             logits.argmax().item()
-            seconds = _now(device) - started
+            seconds = time.perf_counter() - started
+            self._stored.append(_now(device) - started)
             self._pinned = context.pinned_bytes
         return seconds
 

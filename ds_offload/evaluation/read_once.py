@@ -168,5 +168,4 @@ def copy_prompt(target: KVContext, source: KVContext, tokens: int) -> None:
             rows = torch.empty(shape, dtype=dtype, device=source.store.device)
             source.read_rows(layer, 0, 0, rows)
         target.write_prompt(layer, 0, target.streams.lend(rows, "writer"), start=0, staging=layer % 2)
-    for staging in range(2):
-        target.streams.wait("prompt_rows", staging)
+    target.streams.join()

@@ -24,7 +24,7 @@ def run(case: CodedCase, **changes: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("group", "dtype"), [(1, F32), (1, F16), (3, F32), (3, F16), (17, F16)])
 @pytest.mark.parametrize(("bits", "dim"), [(8, 16), (4, 20), (4, 80)])
 def test_kernels_equal_the_reference(group: int, dtype: torch.dtype, bits: int, dim: int) -> None:
-    for window, count in ((3, 0), (5, 1), (9, 150)):
+    for window, count in ((3, 0), (5, 1), (9, 150), (150, 20)):
         case = make_case(bits, dim, 2, group, window, count, dtype)
         torch.testing.assert_close(run(case), coded_attention_reference(**case.arguments()), **TOLERANCE[dtype])
 

@@ -27,6 +27,7 @@ NEEDED = [
     ("off", "host", "1/1", {"rows"}, "rows"),
     ("off", "host", "1/1", {"step"}, "host_write"),
     ("off", "gpu", 24, {"step"}, "label"),
+    ("off", "host", 24, {"step"}, "prompt_rows"),
     ("off", "host", 24, {"kv"}, "kv"),
     ("off", "host", 24, {"prompt_rows"}, "prompt_rows"),
     ("off", "gpu", 24, {"prompt_rows"}, "prompt_rows"),
