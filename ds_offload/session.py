@@ -1,37 +1,31 @@
-"""A document that stays read, and the conversation about it."""
+"""A document that stays read: asked, forked and saved."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import datetime
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ds_offload.calibration import Calibration
 from ds_offload.config import OffloadConfig
-from ds_offload.context_copy import copy_context, copy_window, own_from, rewind
-from ds_offload.decode import DecodeLoop
-from ds_offload.document_prompt import DocumentPrompt, common_tokens, conversation_ids
+from ds_offload.conversation import Conversation
+from ds_offload.document_prompt import DocumentPrompt, conversation_ids
 from ds_offload.errors import InputError
 from ds_offload.generation import GenerationOutput, Sequence
 from ds_offload.kv_context import KVContext
 from ds_offload.memory.plan import MemoryPlan
-from ds_offload.memory.workspace import piece_tokens
 from ds_offload.memory_check import check_request
-from ds_offload.monitor import FidelityMonitor
 from ds_offload.notices import warn
-from ds_offload.prefill import ProgressCallback, prefill
+from ds_offload.prefill import ProgressCallback
 from ds_offload.preparation import check_room, room_of
 from ds_offload.sampling import SamplingParams
 from ds_offload.session_file import write_session
 from ds_offload.session_header import SessionHeader, SessionIdentity, calibration_digest
-from ds_offload.statistics import RunStatistics
 
 if TYPE_CHECKING:
     from ds_offload.generator import OffloadedGenerator
@@ -45,8 +39,6 @@ class Session:
     when done, before its generator is closed. One call runs at a time.
 
     Attributes:
-        token_ids: Document, questions and answers so far.
-        stored: Tokens whose K/V are there; those behind them are read with the next question.
         document_tokens: Of `token_ids`, those of the document.
         last_output: What the last `ask` or `stream` gave, once it has ended.
     """
@@ -63,25 +55,23 @@ class Session:
         stored: int,
     ) -> None:
         """Own `context`, which holds the first `stored` tokens. Users call `OffloadedGenerator.prefill`."""
-        self.token_ids = token_ids
-        self.stored = stored
         self.document_tokens = document_tokens
         self.document = document
         self.last_output: GenerationOutput | None = None
         self.config: OffloadConfig = generator.config
         self._generator = generator
         self._calibration = calibration
-        self._own(context, plan)
+        self._conversation = Conversation(generator, generator.config, context, plan, token_ids, stored)
 
-    def _own(self, context: KVContext, plan: MemoryPlan) -> None:
-        self._context = context
-        self._plan = plan
-        # Its CUDA graph serves every answer from this context.
-        self._loop: DecodeLoop | None = None
-        self._answering = False
-        # Whether sinks and recent tokens are on the device as they are, which only quantised rows may make untrue.
-        self._windowed = True
-        self._finalizer = weakref.finalize(self, context.close)
+    @property
+    def token_ids(self) -> list[int]:
+        """Document, questions and answers so far."""
+        return self._conversation.token_ids
+
+    @property
+    def stored(self) -> int:
+        """Tokens whose K/V are there; those behind them are read with the next question."""
+        return self._conversation.stored
 
     def __enter__(self) -> Session:
         return self
@@ -91,8 +81,7 @@ class Session:
 
     def close(self) -> None:
         """Free everything on host and device that no fork shares."""
-        self._loop = None
-        self._finalizer()
+        self._conversation.close()
 
     def ask(
         self,
@@ -156,19 +145,20 @@ class Session:
             InputError: The copy does not fit, or the session is closed or still answering.
         """
         self._check_free()
-        self._read_window(self.token_ids)
-        shared = self._context.store.shared_bytes(self.stored) if self.config.kv_location == "host" else 0
+        conversation = self._conversation
+        conversation.read_window(self.token_ids)
+        store = conversation.context.store
+        shared = store.shared_bytes(self.stored) if self.config.kv_location == "host" else 0
         loaded, room = self._generator.loaded, room_of(self.config)
         # A fork takes what is free: blocks of earlier calls are not counted, and must not stand in its way.
         self._generator.kept.release()
         plan = check_request(loaded, self.config, [1], [room], continued=True, shared=shared)
         context = KVContext(self._generator.decoder, self.config, self._calibration, [room], self._generator.faults)
+        fork = copy.copy(self)
         with contextlib.ExitStack() as undo:
             undo.callback(context.close)
-            copy_context(context, self._context, self.stored)
+            fork._conversation = conversation.fork(context, plan)
             undo.pop_all()
-        fork = copy.copy(self)
-        fork._own(context, plan)
         return fork
 
     @torch.no_grad()
@@ -180,7 +170,7 @@ class Session:
             SessionWriteError: It could not be written; what was there is intact.
         """
         self._check_free()
-        self._read_window(self.token_ids)
+        self._conversation.read_window(self.token_ids)
         loaded = self._generator.loaded
         identity = SessionIdentity.of(loaded, self.config)
         header = SessionHeader(
@@ -193,7 +183,7 @@ class Session:
             document_tokens=self.document_tokens,
             document=self.document,
         )
-        return write_session(Path(path).expanduser().absolute(), header, self._context, self._calibration)
+        return write_session(Path(path).expanduser().absolute(), header, self._conversation.context, self._calibration)
 
     def _sequence(self, question: str | list[int], sampling: dict[str, Any]) -> Sequence:
         self._check_free()
@@ -205,7 +195,6 @@ class Session:
         limit = min(params.max_new_tokens, room_of(self.config) - len(ids))
         return Sequence(ids, limit, params, self._generator.loaded)
 
-    @torch.no_grad()
     def _answer(
         self,
         before: list[int],
@@ -217,91 +206,11 @@ class Session:
         self._check_free()
         if self.token_ids is not before:
             raise InputError("the session went on since this stream was made; ask for another one")
-        ids = sequence.prompt
-        statistics = RunStatistics(self._generator.decoder, self.config)
-        statistics.begin(self._plan)
-        # A question may begin with characters that make other tokens of the document's last ones.
-        start = min(self.stored, common_tokens(before, ids), len(ids) - 1)
-        if start < self.stored:
-            self._forget(start)
-        self._read_window(ids)
-        window = copy_window(self._context)
-        prefilled = False
-        self._answering = True
-        try:
-            own_from(self._context, start)
-            logits = self._extend(ids, start, on_progress)
-            prefilled = True
-            self.stored = len(ids)
-            yield sequence.take(logits, keep_logits)
-            statistics.prefilled()
-            yield from self._decode(sequence, statistics, keep_logits, on_progress)
-        finally:
-            self._answering = False
-            if prefilled and keep:
-                self.token_ids = ids + sequence.tokens
-            elif self._finalizer.alive:
-                self._forget(start, window)
-        stats = statistics.summary() | {"prefilled_tokens": len(ids) - start}
+        stats = yield from self._conversation.answer(sequence, keep, keep_logits, on_progress)
         self.last_output = sequence.output(stats)
 
-    def _read_window(self, ids: list[int]) -> None:
-        """Read the recent ones of the stored tokens again where the window has lost them; `ids` begin with those.
-
-        Where the context was taken back to begins before its newest tokens, quantised rows are all there is of them.
-        """
-        if self._windowed:
-            return
-        tokens = self.stored
-        # They are being written from here on, whatever ends this.
-        self.stored = max(0, tokens - self._context.window.ring)
-        own_from(self._context, self.stored)
-        self._extend(ids[:tokens], self.stored, None)
-        self.stored, self._windowed = tokens, True
-
-    def _extend(self, ids: list[int], start: int, on_progress: ProgressCallback | None) -> Tensor:
-        """Read the tokens from `start` on; logits of the last."""
-        context, new = self._context, ids[start:]
-        context.scheduler.clear_traffic()
-        # The answer's first tokens have their place before decoding begins, as in `generate`.
-        room = min(room_of(self.config), len(ids) + int(self.config.segment_tokens))
-        context.prepare(0, room)
-        decoder = self._generator.decoder
-        streamed = len(new) > piece_tokens(decoder.heads, decoder.head_dim)
-        logits = prefill(decoder, context, 0, new, on_progress, start=start, streamed=streamed)
-        context.reserve(0, room)
-        return logits
-
-    def _decode(
-        self,
-        sequence: Sequence,
-        statistics: RunStatistics,
-        keep_logits: bool,
-        on_progress: ProgressCallback | None,
-    ) -> Iterator[str]:
-        context, captured = self._context, self._loop is not None and self._loop.capture_s is not None
-        decoder = self._generator.decoder
-        if self._loop is None:
-            self._loop = DecodeLoop(decoder, context)
-        monitor = FidelityMonitor(decoder, self.config)
-        while sequence.finish_reason is None:
-            logits = self._loop.step([sequence.tokens[-1]], [sequence.length])
-            self.stored = sequence.length
-            piece = sequence.take(logits[0], keep_logits)
-            statistics.stepped(context, [self.stored], monitor.seconds)
-            monitor.stepped(context, self._loop, [self.stored], [0])
-            if on_progress is not None:
-                on_progress("decode", len(sequence.tokens), sequence.limit)
-            yield piece
-        statistics.finish(context, None if captured else self._loop.capture_s, monitor)
-
-    def _forget(self, tokens: int, window: dict[int, Tensor] | None = None) -> None:
-        """Let go of the K/V of all tokens from number `tokens` on; `window` is a copy of that time."""
-        self.stored = tokens
-        self._windowed = rewind(self._context, tokens, window)
-
     def _check_free(self) -> None:
-        if not self._finalizer.alive:
+        if self._conversation.closed:
             raise InputError("the session is closed; read the document again, or load a saved session")
-        if self._answering:
+        if self._conversation.answering:
             raise InputError("the session is still answering; take the whole stream, or close it first")

@@ -81,7 +81,7 @@ def test_sessions_in_files(changes: dict[str, Any], model: Path, tmp_path: Path)
         session.save(place)
         expected = [session.ask(question, max_new_tokens=NEW, output_logits=True) for question in QUESTIONS]
     with make(model, **changes, kv_dir=kv_dir) as gen, gen.load_session(place) as session, session.fork() as fork:
-        shared = {one._context.store.table.tensors[0][8].data_ptr() for one in (session, fork)}
+        shared = {one._conversation.context.store.table.tensors[0][8].data_ptr() for one in (session, fork)}
         assert len(shared) == 1
         session.save(tmp_path / "again")
         for one in (session, fork):

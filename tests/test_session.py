@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import random_prompts, save_tiny, tiny_config
 
-import ds_offload.session
+import ds_offload.conversation
 from ds_offload import InputError, OffloadConfig, OffloadedGenerator
 from ds_offload.errors import MemoryPlanError
 from ds_offload.session import Session
@@ -98,7 +98,7 @@ def test_of_other_families(family: str, tmp_path: Path) -> None:
 
 def cache_of(session: Session) -> list[torch.Tensor]:
     """All that a session keeps of its tokens: stored rows, labels and, where rows are quantised, the window."""
-    context, tokens = session._context, session.stored
+    context, tokens = session._conversation.context, session.stored
     parts = [part.clone() for layer in range(3) for part in context.row_parts(layer, 0, tokens)]
     parts += [context.labels.rows[:, :, :tokens].clone()]
     if context.codec is not None and context.window_buffer is not None:
@@ -183,9 +183,9 @@ def test_reading_the_window_again_is_interrupted(model: Path, monkeypatch: pytes
     """What was being written is read again with the next question, or before the session is saved."""
     with make(model, kv_dtype="int8", token_budget="1/1") as gen, gen.prefill(DOCUMENT) as session:
         expected = ask(session, QUESTIONS[0], keep=False)
-        session._forget(90)
+        session._conversation.forget(90)
         with monkeypatch.context() as patch:
-            patch.setattr(session, "_extend", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(session._conversation, "_extend", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 session.fork()
         assert session.stored == 90 - 5
@@ -239,7 +239,7 @@ def test_a_forgotten_question_leaves_the_conversation(model: Path, gen: Offloade
 
 
 def test_long_turns_are_streamed(gen: OffloadedGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ds_offload.session, "piece_tokens", lambda heads, head_dim: 16)
+    monkeypatch.setattr(ds_offload.conversation, "piece_tokens", lambda heads, head_dim: 16)
     monkeypatch.setattr("ds_offload.prefill.piece_tokens", lambda heads, head_dim: 16)
     question = random_prompts(100, seed=9)[0]
     with gen.prefill(DOCUMENT[:7]) as session:
@@ -255,8 +255,8 @@ def test_forks_go_their_own_ways(gen: OffloadedGenerator) -> None:
     session = gen.prefill(DOCUMENT)
     forks = [session.fork() for _ in range(2)]
     # 150 tokens are 9 whole segments of 16, and a tenth that each has for itself.
-    shared = [fork._context.store.table.tensors[0][8].data_ptr() for fork in [session, *forks]]
-    tails = [fork._context.store.table.tensors[0][9].data_ptr() for fork in [session, *forks]]
+    shared = [fork._conversation.context.store.table.tensors[0][8].data_ptr() for fork in [session, *forks]]
+    tails = [fork._conversation.context.store.table.tensors[0][9].data_ptr() for fork in [session, *forks]]
     assert len(set(shared)) == 1 and len(set(tails)) == 3
     assert torch.equal(ask(forks[0], QUESTIONS[0]).logits, first.logits)
     assert torch.equal(ask(session, QUESTIONS[2], keep=False).logits, expected[2].logits)
@@ -390,9 +390,9 @@ def test_room_for_all_of_max_context_is_planned(model: Path) -> None:
 
 def test_nothing_is_held_behind_the_last_session(gen: OffloadedGenerator) -> None:
     session = gen.prefill(DOCUMENT)
-    pool = session._context._pool
+    pool = session._conversation.context._pool
     fork = session.fork()
-    blocks = list(fork._context._pool._blocks.values())
+    blocks = list(fork._conversation.context._pool._blocks.values())
     assert pool.nbytes > 0
     session.close()
     assert pool.nbytes == 0 and all(block.holders == 1 for block in blocks)
@@ -456,10 +456,10 @@ def test_pinned_memory_goes_back(model: Path) -> None:
         ask(session, QUESTIONS[0])
         fork = session.fork()
         session.close()
-        assert fork._context.pinned_bytes > 0
+        assert fork._conversation.context.pinned_bytes > 0
         ask(fork, QUESTIONS[1])
         fork.close()
-        assert fork._context.pinned_bytes == 0
+        assert fork._conversation.context.pinned_bytes == 0
         del session, fork
         gc.collect()
         assert torch.cuda.memory_allocated() == before

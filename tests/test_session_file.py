@@ -121,7 +121,7 @@ def test_quantised_rows_come_with_their_window(model: Path, tmp_path: Path) -> N
     place = tmp_path / "book"
     with make(model, kv_dtype="int4") as gen, gen.prefill(DOCUMENT) as session:
         session.save(place)
-        kept = session._context.window_buffer
+        kept = session._conversation.context.window_buffer
         assert kept is not None
         window, expected = kept.copy(), ask(session, QUESTIONS[0], keep=False)
     rows = load_file(place / "layer-0001.safetensors")["rows"]

@@ -1,0 +1,168 @@
+"""A conversation's tokens and their K/V: read on turn by turn, decoded from, and taken back."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ds_offload.config import OffloadConfig
+from ds_offload.context_copy import copy_context, copy_window, own_from, rewind
+from ds_offload.decode import DecodeLoop
+from ds_offload.document_prompt import common_tokens
+from ds_offload.generation import Sequence
+from ds_offload.kv_context import KVContext
+from ds_offload.memory.plan import MemoryPlan
+from ds_offload.memory.workspace import piece_tokens
+from ds_offload.monitor import FidelityMonitor
+from ds_offload.prefill import ProgressCallback, prefill
+from ds_offload.preparation import room_of
+from ds_offload.statistics import RunStatistics
+
+if TYPE_CHECKING:
+    from ds_offload.generator import OffloadedGenerator
+
+
+class Conversation:
+    """What was said so far, over a context of one sequence that it owns.
+
+    Attributes:
+        token_ids: Document, questions and answers so far.
+        stored: Tokens whose K/V are there; those behind them are read with the next turn.
+        context: Their K/V, freed with the conversation if not by `close`.
+        answering: Whether a turn has begun and not ended.
+    """
+
+    def __init__(
+        self,
+        generator: OffloadedGenerator,
+        config: OffloadConfig,
+        context: KVContext,
+        plan: MemoryPlan,
+        token_ids: list[int],
+        stored: int,
+    ) -> None:
+        """Own `context`, which holds the first `stored` tokens."""
+        self.token_ids = token_ids
+        self.stored = stored
+        self.context = context
+        self.answering = False
+        self._generator = generator
+        self._config = config
+        self._plan = plan
+        # Its CUDA graph serves every answer from this context.
+        self._loop: DecodeLoop | None = None
+        # Whether sinks and recent tokens are on the device as they are, which only quantised rows may make untrue.
+        self._windowed = True
+        self._finalizer = weakref.finalize(self, context.close)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the context was freed."""
+        return not self._finalizer.alive
+
+    def close(self) -> None:
+        """Free everything on host and device that no fork shares."""
+        self._loop = None
+        self._finalizer()
+
+    def fork(self, context: KVContext, plan: MemoryPlan) -> Conversation:
+        """The same conversation over `context`, which is new and of the same shape, and which it owns."""
+        copy_context(context, self.context, self.stored)
+        return Conversation(self._generator, self._config, context, plan, self.token_ids, self.stored)
+
+    @torch.no_grad()
+    def answer(
+        self, sequence: Sequence, keep: bool, keep_logits: bool, on_progress: ProgressCallback | None
+    ) -> Generator[str, None, dict[str, Any]]:
+        """Take a turn: read what is new in `sequence`, and decode its answer piece by piece.
+
+        With `keep` what was said joins the conversation, also where the turn is closed early; else it is forgotten.
+
+        Returns:
+            Statistics of the turn.
+        """
+        before, ids = self.token_ids, sequence.prompt
+        statistics = RunStatistics(self._generator.decoder, self._config)
+        statistics.begin(self._plan)
+        # A question may begin with characters that make other tokens of the document's last ones.
+        start = min(self.stored, common_tokens(before, ids), len(ids) - 1)
+        if start < self.stored:
+            self.forget(start)
+        self.read_window(ids)
+        window = copy_window(self.context)
+        prefilled = False
+        self.answering = True
+        try:
+            own_from(self.context, start)
+            logits = self._extend(ids, start, on_progress)
+            prefilled = True
+            self.stored = len(ids)
+            yield sequence.take(logits, keep_logits)
+            statistics.prefilled()
+            yield from self._decode(sequence, statistics, keep_logits, on_progress)
+        finally:
+            self.answering = False
+            if prefilled and keep:
+                self.token_ids = ids + sequence.tokens
+            elif not self.closed:
+                self.forget(start, window)
+        return statistics.summary() | {"prefilled_tokens": len(ids) - start}
+
+    def read_window(self, ids: list[int]) -> None:
+        """Read the recent ones of the stored tokens again where the window has lost them; `ids` begin with those.
+
+        Where the context was taken back to begins before its newest tokens, quantised rows are all there is of them.
+        """
+        if self._windowed:
+            return
+        tokens = self.stored
+        # They are being written from here on, whatever ends this.
+        self.stored = max(0, tokens - self.context.window.ring)
+        own_from(self.context, self.stored)
+        self._extend(ids[:tokens], self.stored, None)
+        self.stored, self._windowed = tokens, True
+
+    def forget(self, tokens: int, window: dict[int, Tensor] | None = None) -> None:
+        """Let go of the K/V of all tokens from number `tokens` on; `window` is a copy of that time."""
+        self.stored = tokens
+        self._windowed = rewind(self.context, tokens, window)
+
+    def _extend(self, ids: list[int], start: int, on_progress: ProgressCallback | None) -> Tensor:
+        """Read the tokens from `start` on; logits of the last."""
+        context, new = self.context, ids[start:]
+        context.scheduler.clear_traffic()
+        # The answer's first tokens have their place before decoding begins, as in `generate`.
+        room = min(room_of(self._config), len(ids) + int(self._config.segment_tokens))
+        context.prepare(0, room)
+        decoder = self._generator.decoder
+        streamed = len(new) > piece_tokens(decoder.heads, decoder.head_dim)
+        logits = prefill(decoder, context, 0, new, on_progress, start=start, streamed=streamed)
+        context.reserve(0, room)
+        return logits
+
+    def _decode(
+        self,
+        sequence: Sequence,
+        statistics: RunStatistics,
+        keep_logits: bool,
+        on_progress: ProgressCallback | None,
+    ) -> Iterator[str]:
+        context, captured = self.context, self._loop is not None and self._loop.capture_s is not None
+        decoder = self._generator.decoder
+        if self._loop is None:
+            self._loop = DecodeLoop(decoder, context)
+        monitor = FidelityMonitor(decoder, self._config)
+        while sequence.finish_reason is None:
+            logits = self._loop.step([sequence.tokens[-1]], [sequence.length])
+            self.stored = sequence.length
+            piece = sequence.take(logits[0], keep_logits)
+            statistics.stepped(context, [self.stored], monitor.seconds)
+            monitor.stepped(context, self._loop, [self.stored], [0])
+            if on_progress is not None:
+                on_progress("decode", len(sequence.tokens), sequence.limit)
+            yield piece
+        statistics.finish(context, None if captured else self._loop.capture_s, monitor)
