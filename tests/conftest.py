@@ -50,3 +50,33 @@ def smollm2() -> Path:
     from ds_offload.default_model import default_model_folder
 
     return default_model_folder()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama's folder, which no test changes."""
+    from tiny_models import save_tiny, tiny_config
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    save_tiny(folder, tiny_config("llama"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _saved_session(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from session_case import DOCUMENT, make
+
+    folder = tmp_path_factory.mktemp("sessions") / "original"
+    with make(tiny_llama) as gen, gen.prefill(DOCUMENT) as session:
+        session.save(folder)
+    return folder
+
+
+@pytest.fixture
+def saved_session(_saved_session: Path, tmp_path: Path) -> Path:
+    """A saved session of the tiny Llama, in a folder "book" of its own, which a test may damage."""
+    folder = tmp_path / "book"
+    folder.mkdir()
+    for file in _saved_session.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
