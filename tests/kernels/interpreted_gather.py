@@ -4,25 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from segment_case import store
 
 from ds_offload.kernels import gather
 from ds_offload.kernels.gather import GatherLaunch, gather_rows_reference
-from ds_offload.kernels.segment_table import SegmentTable
-
-LAYERS = 2
-
-
-def store(segments: list[int], size: int, kv_heads: int, dim: int, dtype: torch.dtype) -> SegmentTable:
-    generator = torch.Generator().manual_seed(dim)
-    tensors = [
-        [torch.randn(LAYERS, kv_heads, size, 2, dim, generator=generator).to(dtype) for _ in range(count)]
-        for count in segments
-    ]
-    addresses = torch.zeros(len(segments), max(segments) + 2, dtype=torch.int64)
-    for b, rows in enumerate(tensors):
-        for n, row in enumerate(rows):
-            addresses[b, n] = row.data_ptr()
-    return SegmentTable(tensors, addresses, size)
 
 
 def words(rows: torch.Tensor) -> torch.Tensor:

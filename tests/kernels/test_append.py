@@ -6,31 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from segment_case import LAYERS, store
 
 from ds_offload.kernels.append import append_rows, append_rows_reference
 from ds_offload.kernels.segment_table import SegmentTable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYERS = 3
-SEGMENTS = (3, 1, 2, 1)
+SEGMENTS = [3, 1, 2, 1]
 SIZE = 5
 # The first, the last of a segment, skipped, the first of a segment.
 POSITIONS = ((14, 4, -1, 0), (5, -1, 9, 2), (0, 0, 0, 0), (-1, -7, -1, -1))
-
-
-def store(kv_heads: int, dim: int, dtype: torch.dtype, *, device: str = "cpu", where: str = "") -> SegmentTable:
-    generator = torch.Generator().manual_seed(dim)
-    tensors = []
-    for count in SEGMENTS:
-        rows = [torch.randn(LAYERS, kv_heads, SIZE, 2, dim, generator=generator).to(dtype) for _ in range(count)]
-        if where:
-            rows = [row.pin_memory() if where == "pinned" else row.to(device) for row in rows]
-        tensors.append(rows)
-    addresses = torch.zeros(len(SEGMENTS), 4, dtype=torch.int64)
-    for b, rows in enumerate(tensors):
-        for n, row in enumerate(rows):
-            addresses[b, n] = row.data_ptr()
-    return SegmentTable(tensors, addresses.to(device), SIZE)
 
 
 def contents(table: SegmentTable) -> list[torch.Tensor]:
@@ -64,7 +49,7 @@ def new_rows(kv_heads: int, dim: int, dtype: torch.dtype, layers: int = 1) -> to
 def test_rows_land_in_their_place(
     append: Callable, kv_heads: int, dim: int, layers: int, dtype: torch.dtype, positions: tuple[int, ...]
 ) -> None:
-    table = store(kv_heads, dim, dtype)
+    table = store(SEGMENTS, SIZE, kv_heads, dim, dtype)
     rows = new_rows(kv_heads, dim, dtype, layers)
     expected = expected_contents(table, 1, positions, rows)
     append(table, 1, torch.tensor(positions), rows)
@@ -73,7 +58,7 @@ def test_rows_land_in_their_place(
 
 @pytest.mark.parametrize("append", [append_rows, append_rows_reference])
 def test_strided_rows(append: Callable) -> None:
-    table = store(2, 8, torch.float32)
+    table = store(SEGMENTS, SIZE, 2, 8, torch.float32)
     rows = new_rows(2, 16, torch.float32)[..., ::2]
     expected = expected_contents(table, 0, POSITIONS[0], rows)
     append(table, 0, torch.tensor(POSITIONS[0]), rows)
@@ -100,7 +85,7 @@ def test_no_sequences() -> None:
 )
 def test_wrong_arguments_are_named(change: dict, message: str) -> None:
     arguments = {
-        "table": store(2, 8, torch.float32),
+        "table": store(SEGMENTS, SIZE, 2, 8, torch.float32),
         "layer": 0,
         "positions": torch.zeros(4, dtype=torch.int64),
         "rows": torch.zeros(1, 4, 2, 2, 8),
@@ -120,7 +105,7 @@ def test_triton_kernel_in_the_interpreter(interpret: Callable[[str], None]) -> N
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kv_heads", "dim", "layers"), [(1, 1, 1), (3, 64, 2), (2, 5, 1), (1, 128, 2)])
 def test_cuda(where: str, kv_heads: int, dim: int, layers: int, dtype: torch.dtype, positions: tuple[int, ...]) -> None:
-    table = store(kv_heads, dim, dtype, device="cuda", where=where)
+    table = store(SEGMENTS, SIZE, kv_heads, dim, dtype, device="cuda", where=where)
     rows = new_rows(kv_heads, dim, dtype, layers).cuda()
     expected = expected_contents(table, 1, positions, rows)
     on_device = torch.tensor(positions).cuda()
@@ -135,7 +120,7 @@ def test_cuda(where: str, kv_heads: int, dim: int, layers: int, dtype: torch.dty
 
 @pytest.mark.gpu
 def test_cuda_skips_positions_without_a_segment() -> None:
-    table = store(2, 8, torch.float32, device="cuda", where="pinned")
+    table = store(SEGMENTS, SIZE, 2, 8, torch.float32, device="cuda", where="pinned")
     before = contents(table)
     append_rows(table, 0, torch.tensor([15, 5, 20, 2**40]).cuda(), new_rows(2, 8, torch.float32).cuda())
     torch.cuda.synchronize()
@@ -144,7 +129,7 @@ def test_cuda_skips_positions_without_a_segment() -> None:
 
 @pytest.mark.gpu
 def test_cuda_graph_writes_the_positions_it_is_replayed_with() -> None:
-    table = store(2, 64, torch.bfloat16, device="cuda", where="pinned")
+    table = store(SEGMENTS, SIZE, 2, 64, torch.bfloat16, device="cuda", where="pinned")
     rows = new_rows(2, 64, torch.bfloat16).cuda()
     positions = torch.full((4,), -1, device="cuda")
     stream = torch.cuda.Stream()

@@ -6,65 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gather_case import assert_same_bits, choose, naive, poisoned
+from segment_case import LAYERS, store
 
 from ds_offload.kernels import gather_cpu
 from ds_offload.kernels.gather import gather_launch, gather_rows, gather_rows_reference
 from ds_offload.kernels.segment_table import SegmentTable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYERS = 3
-
-
-def store(
-    segments: list[int], size: int, kv_heads: int, dim: int, dtype: torch.dtype, *, device: str = "cpu", where: str = ""
-) -> SegmentTable:
-    """A table of one sequence per entry of `segments`; `where` is "", "pinned" or "device"."""
-    generator = torch.Generator().manual_seed(size + dim)
-    tensors = []
-    for count in segments:
-        rows = [torch.randn(LAYERS, kv_heads, size, 2, dim, generator=generator).to(dtype) for _ in range(count)]
-        if where:
-            rows = [row.pin_memory() if where == "pinned" else row.to(device) for row in rows]
-        tensors.append(rows)
-    addresses = torch.zeros(len(segments), max(segments, default=0) + 1, dtype=torch.int64)
-    for b, rows in enumerate(tensors):
-        for n, row in enumerate(rows):
-            addresses[b, n] = row.data_ptr()
-    return SegmentTable(tensors, addresses.to(device), size)
-
-
-def choose(table: SegmentTable, kv_heads: int, kept: int, capacity: int, seed: int = 0):
-    """Sorted tokens, about a third of them skipped, and distinct slots in any order: int64 [B, Hkv, K] each."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.full((len(table.tensors), kv_heads, kept), -1)
-    slots = torch.full_like(tokens, 10**6)
-    for b, segments in enumerate(table.tensors):
-        length = len(segments) * table.segment_tokens
-        for h in range(kv_heads):
-            count = min(kept, length)
-            tokens[b, h, :count] = torch.randperm(length, generator=generator)[:count].sort().values
-            tokens[b, h][torch.rand(kept, generator=generator) < 0.3] = -1
-            slots[b, h, :count] = torch.randperm(capacity, generator=generator)[:count]
-    return tokens, slots
-
-
-def naive(table: SegmentTable, layer: int, tokens: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
-    for b, h, i in torch.cartesian_prod(*map(torch.arange, tokens.shape)).tolist():
-        token = int(tokens[b, h, i])
-        if token >= 0:
-            segment = table.tensors[b][token // table.segment_tokens]
-            out[b, h, slots[b, h, i]] = segment[layer, h, token % table.segment_tokens].to(out.device)
-
-
-def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.full(shape, torch.nan, dtype=dtype)
-
-
-def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Poison included."""
-    assert torch.equal(actual.cpu().contiguous().view(torch.uint8), expected.cpu().contiguous().view(torch.uint8))
-
-
 CASES = [
     # segments per sequence, S, Hkv, D, K, C
     ([1], 1, 1, 1, 1, 1),
