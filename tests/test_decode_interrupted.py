@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_prompts, save_tiny, tiny_config
+from tiny_models import random_prompts
 
 import ds_offload.context_stores
 from ds_offload import OffloadConfig, OffloadedGenerator
@@ -40,16 +40,9 @@ sys.exit(main(["run", "--max-new-tokens", "400", *sys.argv[1:]]))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny(folder, tiny_config("llama"))
-    return folder
-
-
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_command_ends_within_a_second(device: str, model: Path) -> None:
-    arguments = ["--device", device, "--model", str(model), "--prompt", " ".join(map(str, IDS))]
+def test_a_command_ends_within_a_second(device: str, tiny_llama: Path) -> None:
+    arguments = ["--device", device, "--model", str(tiny_llama), "--prompt", " ".join(map(str, IDS))]
     child = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(INTERRUPTED), *arguments],
         text=True,
@@ -73,7 +66,9 @@ def test_a_command_ends_within_a_second(device: str, model: Path) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_memory_goes_back_and_the_next_call_answers(device: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_goes_back_and_the_next_call_answers(
+    device: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pools: list[PinnedPool] = []
 
     class Kept(PinnedPool):
@@ -88,7 +83,7 @@ def test_memory_goes_back_and_the_next_call_answers(device: str, model: Path, mo
 
     monkeypatch.setattr(ds_offload.context_stores, "PinnedPool", Kept)
     config = OffloadConfig(max_context=512, sink_tokens=2, recent_tokens=4, token_budget=16, segment_tokens=16)
-    with OffloadedGenerator.from_pretrained(str(model), config=config, device=device) as gen:
+    with OffloadedGenerator.from_pretrained(str(tiny_llama), config=config, device=device) as gen:
         expected = gen.generate(IDS, max_new_tokens=12).token_ids
         before = torch.cuda.memory_allocated() if device == "cuda" else 0
         with pytest.raises(KeyboardInterrupt):

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from generator_case import LENGTHS, NEW, make
 from tiny_models import greedy, random_prompts, save_tiny, tiny_config
-from torch import Tensor
 
-from ds_offload import InputError, OffloadConfig, OffloadedGenerator
-from ds_offload.decode import DecodeLoop
-from ds_offload.errors import MemoryPlanError
-from ds_offload.memory_check import check_request
-from ds_offload.planning.request import host_total
-from ds_offload.prefetch.link_timer import LinkTime, LinkTimer
-
-NEW = 16
-LENGTHS = (150, 37, 201)
+from ds_offload import InputError
 
 FAMILIES = [
     ("llama", 4, {}),
@@ -56,18 +47,6 @@ FAMILIES = [
     ("qwen2", 2, {}),
     ("qwen3", 2, {}),
 ]
-
-
-def make(folder: Path, **changes: Any) -> OffloadedGenerator:
-    config = OffloadConfig(**({"max_context": 1024, "sink_tokens": 2, "recent_tokens": 4} | changes))
-    return OffloadedGenerator.from_pretrained(str(folder), config=config, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    save_tiny(folder, tiny_config("llama"))
-    return folder
 
 
 @pytest.mark.parametrize(("family", "kv_heads", "changes"), FAMILIES)
@@ -113,71 +92,18 @@ def test_exact_off_and_gpu_give_identical_tokens(kv_heads: int, budget: int | st
         assert torch.equal(other, results["exact", "host"])
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
-@pytest.mark.parametrize(("kv_heads", "budget"), [(1, 7), (2, 24), (4, "1/4"), (2, "1/1"), (2, 1)])
-def test_quantised_exact_off_and_gpu_give_identical_tokens(
-    kv_dtype: str, kv_heads: int, budget: int | str, tmp_path: Path
-) -> None:
-    save_tiny(tmp_path, tiny_config("llama", kv_heads))
-    prompts = random_prompts(*LENGTHS)
-    results = {}
-    for prefetch, location in (("exact", "host"), ("off", "host"), ("off", "gpu")):
-        changes = {"prefetch": prefetch, "kv_location": location, "hot_set": 1, "kv_dtype": kv_dtype}
-        with make(tmp_path, token_budget=budget, segment_tokens=64, **changes) as gen:
-            outs = gen.generate(prompts, max_new_tokens=NEW, output_logits=True)
-            alone = gen.generate(prompts[1], max_new_tokens=NEW)
-        results[prefetch, location] = torch.stack([out.logits for out in outs])
-        assert alone.token_ids == outs[1].token_ids
-    for other in results.values():
-        assert torch.equal(other, results["exact", "host"])
-
-
-@pytest.mark.parametrize("changes", [{}, {"prefetch": "speculative"}, {"dense_layers": (1,)}, {"hot_set": 0}])
-@pytest.mark.parametrize(("kv_dtype", "tolerance"), [("int8", 0.02), ("int4", 0.35)])
-def test_quantised_rows_change_logits_little(
-    kv_dtype: str, tolerance: float, changes: dict[str, Any], llama: Path
-) -> None:
-    """Relative distance of a step's logits at the same tokens; random weights attend to every token alike."""
-    prompts = random_prompts(*LENGTHS)
-    logits = {}
-    for stored in ("fp32", kv_dtype):
-        with make(llama, token_budget="1/1", kv_dtype=stored, **changes) as gen:
-            logits[stored] = torch.stack(
-                [out.logits[:2] for out in gen.generate(prompts, max_new_tokens=2, output_logits=True)]
-            )
-    first = logits["fp32"][:, 0]
-    assert torch.equal(first, logits[kv_dtype][:, 0]), "the prompt itself is read exactly"
-    far = (logits["fp32"] - logits[kv_dtype])[:, 1].norm() / first.norm()
-    assert 0 < far < tolerance
-
-
-def test_auto_takes_fewer_bits_where_the_host_has_no_room(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prompt = random_prompts(900)[0]
-    needed = {}
-    for kv_dtype in ("fp32", "int8", "int4"):
-        with make(llama, kv_dtype=kv_dtype, hot_set=1) as gen:
-            plan = check_request(gen.loaded, gen.config, [900], [903])
-            needed[kv_dtype] = host_total(plan, cuda=False)
-    for kv_dtype, room in needed.items():
-        with make(llama, hot_set=1, host_memory=room) as gen:
-            capsys.readouterr()
-            gen.generate(prompt, max_new_tokens=3)
-            assert gen.config.kv_dtype == kv_dtype
-            said = f"K/V are stored as {kv_dtype}: as fp32 they do not fit"
-            assert (said in capsys.readouterr().err) == (kv_dtype != "fp32")
-    with make(llama, hot_set=1, host_memory=needed["int4"] - 1) as gen, pytest.raises(MemoryPlanError):
-        gen.generate(prompt, max_new_tokens=3)
-
-
-def test_speculative_differs_only_through_its_selection(llama: Path) -> None:
+def test_speculative_differs_only_through_its_selection(tiny_llama: Path) -> None:
     prompts = random_prompts(*LENGTHS)
     logits = {}
     for location in ("host", "gpu"):
-        with make(llama, token_budget=24, prefetch="speculative", kv_location=location) as gen:
+        with make(tiny_llama, token_budget=24, prefetch="speculative", kv_location=location) as gen:
             outs = gen.generate(prompts, max_new_tokens=NEW, output_logits=True)
         logits[location] = torch.stack([out.logits for out in outs])
     assert torch.equal(logits["host"], logits["gpu"])
-    with make(llama, token_budget="1/1", prefetch="speculative") as gen, make(llama, token_budget="1/1") as exact:
+    with (
+        make(tiny_llama, token_budget="1/1", prefetch="speculative") as gen,
+        make(tiny_llama, token_budget="1/1") as exact,
+    ):
         for prompt in prompts:
             assert (
                 gen.generate(prompt, max_new_tokens=NEW).token_ids
@@ -186,61 +112,39 @@ def test_speculative_differs_only_through_its_selection(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("prefetch", ["exact", "speculative", "off"])
-def test_other_sequences_in_the_batch_change_nothing(llama: Path, prefetch: str) -> None:
+def test_other_sequences_in_the_batch_change_nothing(tiny_llama: Path, prefetch: str) -> None:
     prompts = random_prompts(*LENGTHS)
-    with make(llama, token_budget="1/8", prefetch=prefetch) as gen:
+    with make(tiny_llama, token_budget="1/8", prefetch=prefetch) as gen:
         together = gen.generate(prompts, max_new_tokens=NEW)
         alone = [gen.generate(prompt, max_new_tokens=NEW) for prompt in prompts]
     assert [out.token_ids for out in together] == [out.token_ids for out in alone]
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 100])
-def test_where_segments_end_changes_nothing(llama: Path, length: int) -> None:
+def test_where_segments_end_changes_nothing(tiny_llama: Path, length: int) -> None:
     prompt = random_prompts(length)[0]
     results = []
     for segment in (16, 1024):
-        with make(llama, token_budget=9, segment_tokens=segment, sink_tokens=1, recent_tokens=1) as gen:
+        with make(tiny_llama, token_budget=9, segment_tokens=segment, sink_tokens=1, recent_tokens=1) as gen:
             results.append(gen.generate(prompt, max_new_tokens=NEW + 4, output_logits=True).logits)
     assert torch.equal(results[0], results[1])
 
 
-def test_the_hot_sets_size_changes_what_is_moved_and_nothing_else(llama: Path) -> None:
-    prompt = random_prompts(200)[0]
-    outs = []
-    for hot_set in (1, 4):
-        with make(llama, token_budget=24, hot_set=hot_set) as gen:
-            outs.append(gen.generate(prompt, max_new_tokens=NEW, output_logits=True))
-    assert torch.equal(outs[0].logits, outs[1].logits)
-    assert outs[1].stats["h2d_bytes_per_token"] < outs[0].stats["h2d_bytes_per_token"]
-    assert outs[1].stats["hot_set_hit_rate"] > outs[0].stats["hot_set_hit_rate"]
-
-
-def test_dense_layers_are_attended_in_full(llama: Path, tmp_path: Path) -> None:
+def test_dense_layers_are_attended_in_full(tiny_llama: Path, tmp_path: Path) -> None:
     model = save_tiny(tmp_path, tiny_config("llama"))
     prompts = random_prompts(*LENGTHS)
     with make(tmp_path, token_budget=8, dense_layers=(0, 1, 2)) as gen:
         outs = gen.generate(prompts, max_new_tokens=NEW)
         assert outs[0].stats["mean_density"] == 1
     assert [out.token_ids for out in outs] == [greedy(model, prompt, NEW)[0] for prompt in prompts]
-    with make(llama, token_budget=8, dense_layers=(1,)) as gen:
+    with make(tiny_llama, token_budget=8, dense_layers=(1,)) as gen:
         mixed = gen.generate(prompts, max_new_tokens=NEW)
         assert [gen.generate(p, max_new_tokens=NEW).token_ids for p in prompts] == [out.token_ids for out in mixed]
 
 
-def test_kv_stored_in_another_dtype_stays_near(llama: Path) -> None:
-    prompt = random_prompts(150)[0]
-    with make(llama, token_budget="1/1") as gen:
-        full = gen.generate(prompt, max_new_tokens=2, output_logits=True)
-    with make(llama, token_budget="1/1", kv_dtype="bf16") as gen:
-        half = gen.generate(prompt, max_new_tokens=2, output_logits=True)
-    assert half.stats["host_kv_bytes"] == full.stats["host_kv_bytes"] // 2
-    error = (half.logits[1] - full.logits[1]).norm() / full.logits[1].norm()
-    assert 0 < error < 5e-2
-
-
-def test_a_sequence_that_ends_early_does_not_change_the_others(llama: Path) -> None:
+def test_a_sequence_that_ends_early_does_not_change_the_others(tiny_llama: Path) -> None:
     prompts = random_prompts(*LENGTHS)
-    with make(llama, token_budget=24) as gen:
+    with make(tiny_llama, token_budget=24) as gen:
         free = gen.generate(prompts, max_new_tokens=NEW)
         end = next(t for t in free[0].token_ids[2:] if t not in free[1].token_ids + free[2].token_ids)
         gen.loaded.eos_token_ids = frozenset([end])
@@ -250,9 +154,9 @@ def test_a_sequence_that_ends_early_does_not_change_the_others(llama: Path) -> N
     assert [out.token_ids for out in outs[1:]] == [out.token_ids for out in free[1:]]
 
 
-def test_stream_gives_the_same_answer_in_pieces_and_frees_when_closed(llama: Path) -> None:
+def test_stream_gives_the_same_answer_in_pieces_and_frees_when_closed(tiny_llama: Path) -> None:
     prompt = random_prompts(50)[0]
-    with make(llama) as gen:
+    with make(tiny_llama) as gen:
         out = gen.generate(prompt, max_new_tokens=NEW)
         pieces = list(gen.stream(prompt, max_new_tokens=NEW))
         assert "".join(pieces) == out.text and len(pieces) > 1
@@ -263,85 +167,39 @@ def test_stream_gives_the_same_answer_in_pieces_and_frees_when_closed(llama: Pat
         assert gen.generate(prompt, max_new_tokens=NEW).token_ids == out.token_ids
 
 
-def test_seeded_sampling_does_not_depend_on_the_batch(llama: Path) -> None:
+def test_seeded_sampling_does_not_depend_on_the_batch(tiny_llama: Path) -> None:
     prompts = random_prompts(*LENGTHS)
-    with make(llama) as gen:
+    with make(tiny_llama) as gen:
         how = {"max_new_tokens": NEW, "temperature": 0.9, "top_k": 50, "seed": 7}
         together = gen.generate(prompts, **how)
         assert [gen.generate(prompt, **how).token_ids for prompt in prompts] == [out.token_ids for out in together]
         assert together[0].token_ids != gen.generate(prompts[0], max_new_tokens=NEW).token_ids
 
 
-def test_progress_is_reported(llama: Path) -> None:
+def test_progress_is_reported(tiny_llama: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    with make(llama) as gen:
+    with make(tiny_llama) as gen:
         gen.generate(random_prompts(20)[0], max_new_tokens=4, on_progress=lambda *event: seen.append(event))
     assert [event for event in seen if event[0] == "prefill"] == [("prefill", n, 20) for n in (0, 6, 13, 20)]
     assert [event for event in seen if event[0] == "decode"] == [("decode", n, 4) for n in (2, 3, 4)]
 
 
-def test_the_answer_is_limited_by_the_context(llama: Path) -> None:
-    with make(llama, max_context=30) as gen:
+def test_the_answer_is_limited_by_the_context(tiny_llama: Path) -> None:
+    with make(tiny_llama, max_context=30) as gen:
         assert len(gen.generate(random_prompts(25)[0], max_new_tokens=NEW).token_ids) == 5
         with pytest.raises(InputError, match="30 tokens and max_context=30"):
             gen.generate(random_prompts(30)[0])
 
 
 @pytest.mark.parametrize("prompt", [[], "", [[]], [301], [-1], [[1, 2], []], None, [1.5], "text without tokenizer"])
-def test_bad_prompts_are_refused_in_one_line(llama: Path, prompt: Any) -> None:
-    with make(llama) as gen, pytest.raises(InputError) as error:
+def test_bad_prompts_are_refused_in_one_line(tiny_llama: Path, prompt: Any) -> None:
+    with make(tiny_llama) as gen, pytest.raises(InputError) as error:
         gen.generate(prompt, max_new_tokens=2)
     assert "\n" not in str(error.value)
 
 
-def test_a_request_beyond_host_memory_is_refused_before_anything_is_made(llama: Path) -> None:
-    with make(llama) as gen:
+def test_a_request_beyond_host_memory_is_refused_before_anything_is_made(tiny_llama: Path) -> None:
+    with make(tiny_llama) as gen:
         gen.config = dataclasses.replace(gen.config, host_memory="1MiB")
         with pytest.raises(InputError, match="host_memory"):
             gen.generate(random_prompts(500)[0], max_new_tokens=400)
-
-
-@pytest.mark.parametrize(("new", "slow"), [(7, False), (3, True)])
-def test_the_first_two_steps_do_not_count_where_there_are_others(
-    llama: Path, new: int, slow: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step, steps = DecodeLoop.step, []
-
-    def compiling(self: DecodeLoop, *given: Any) -> Tensor:
-        steps.append(given)
-        if len(steps) <= 2:
-            time.sleep(0.5)
-        return step(self, *given)
-
-    monkeypatch.setattr(DecodeLoop, "step", compiling)
-    with make(llama, token_budget=24) as gen:
-        stats = gen.generate(random_prompts(100)[0], max_new_tokens=new).stats
-    assert len(steps) == new - 1 and stats["first_steps_s"] >= 1
-    assert (stats["decode_ms_per_token"] > 400) is slow
-
-
-def test_waiting_is_that_of_the_steps_that_are_timed(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Nanoseconds of each of three layers: behind the second step, and at the end.
-    waited = iter(([7_000_000_000] * 3, [7_002_000_000] * 3))
-    monkeypatch.setattr(LinkTimer, "total", lambda timer: LinkTime([10**9] * 3, next(waited)))
-    with make(llama, token_budget=24) as gen:
-        stats = gen.generate(random_prompts(100)[0], max_new_tokens=5).stats
-    assert stats["stall_ms_per_token"] == 3.0
-    assert stats["layers"]["stall_ms_per_token"] == [1.0] * 3
-
-
-def test_stats_have_the_contracts_names(llama: Path) -> None:
-    with make(llama, token_budget=24) as gen:
-        stats = gen.generate(random_prompts(100)[0], max_new_tokens=NEW).stats
-    assert stats["prefill_s"] > 0 and stats["decode_ms_per_token"] > 0
-    assert 0 < stats["prefetch_recall"] <= 1 and 0 <= stats["hot_set_hit_rate"] <= 1
-    # Three layers, two KV heads: at most 19 selected rows each.
-    row = 2 * 16 * 4
-    assert 0 < stats["h2d_bytes_per_token"] <= 3 * 2 * 19 * row
-    layers = stats["layers"]
-    assert sum(layers["h2d_bytes_per_token"]) == pytest.approx(stats["h2d_bytes_per_token"], abs=1)
-    assert sum(layers["hot_set_hit_rate"]) / 3 == pytest.approx(stats["hot_set_hit_rate"])
-    # There is no link on a CPU.
-    assert stats["link_gb_per_s"] is None and layers["stall_ms_per_token"] == [None] * 3
-    assert stats["gpu_peak_bytes"] == 0 and stats["host_pinned_bytes"] == 0
-    assert stats["host_kv_bytes"] == 3 * 2 * 1024 * row

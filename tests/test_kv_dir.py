@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_prompts, save_tiny, tiny_config
+from tiny_models import random_prompts
 
 import ds_offload.memory.file_segments as file_segments
 from ds_offload import InputError, OffloadConfig, OffloadedGenerator
@@ -29,13 +29,6 @@ ROOT = Path(__file__).resolve().parents[1]
 def on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Temporary folders may be in memory, which is refused elsewhere."""
     monkeypatch.setattr(file_segments, "_file_system", lambda folder: "ext4")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny(folder, tiny_config("llama"))
-    return folder
 
 
 def make(model: Path, device: str = "cpu", **changes: Any) -> OffloadedGenerator:
@@ -55,13 +48,13 @@ CASES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("changes", CASES)
 def test_the_same_bits_as_in_memory(
-    staged: bool, changes: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    staged: bool, changes: dict[str, Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read in place, and as for a CUDA device, through the staging ring."""
     monkeypatch.setattr(file_segments.FileSegments, "left_pageable", lambda pool, block: staged)
-    with make(model, **changes) as gen:
+    with make(tiny_llama, **changes) as gen:
         expected = gen.generate(PROMPTS, max_new_tokens=NEW, output_logits=True)
-    with make(model, **changes, kv_dir=tmp_path) as gen:
+    with make(tiny_llama, **changes, kv_dir=tmp_path) as gen:
         outs = gen.generate(PROMPTS, max_new_tokens=NEW, output_logits=True)
     for out, other in zip(outs, expected, strict=True):
         assert torch.equal(out.logits, other.logits)
@@ -73,14 +66,14 @@ def test_the_same_bits_as_in_memory(
 
 
 @pytest.mark.parametrize("changes", [{}, {"kv_dtype": "int8"}])
-def test_sessions_in_files(changes: dict[str, Any], model: Path, tmp_path: Path) -> None:
+def test_sessions_in_files(changes: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
     """Forks share files; what was saved in memory loads into files, and the other way round."""
     place, kv_dir = tmp_path / "book", tmp_path / "kv"
     kv_dir.mkdir()
-    with make(model, **changes) as gen, gen.prefill(PROMPTS[0]) as session:
+    with make(tiny_llama, **changes) as gen, gen.prefill(PROMPTS[0]) as session:
         session.save(place)
         expected = [session.ask(question, max_new_tokens=NEW, output_logits=True) for question in QUESTIONS]
-    with make(model, **changes, kv_dir=kv_dir) as gen, gen.load_session(place) as session, session.fork() as fork:
+    with make(tiny_llama, **changes, kv_dir=kv_dir) as gen, gen.load_session(place) as session, session.fork() as fork:
         shared = {one._conversation.context.store.table.tensors[0][8].data_ptr() for one in (session, fork)}
         assert len(shared) == 1
         session.save(tmp_path / "again")
@@ -94,7 +87,7 @@ def test_sessions_in_files(changes: dict[str, Any], model: Path, tmp_path: Path)
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
 
-def test_nothing_is_left_of_a_killed_process(model: Path, tmp_path: Path) -> None:
+def test_nothing_is_left_of_a_killed_process(tiny_llama: Path, tmp_path: Path) -> None:
     script = """
 import os, signal, sys
 import ds_offload.memory.file_segments as file_segments
@@ -109,7 +102,7 @@ with OffloadedGenerator.from_pretrained(sys.argv[1], config=config, device="cpu"
     gen.generate([1, 2, 3] * 50, max_new_tokens=5, on_progress=die)
 """
     done = subprocess.run(
-        [sys.executable, "-c", script, str(model), str(tmp_path)],
+        [sys.executable, "-c", script, str(tiny_llama), str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -124,9 +117,9 @@ with OffloadedGenerator.from_pretrained(sys.argv[1], config=config, device="cpu"
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_read(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with make(model, kv_dir=tmp_path, kv_dtype="fp32") as gen:
+    with make(tiny_llama, kv_dir=tmp_path, kv_dtype="fp32") as gen:
         monkeypatch.setattr(file_segments.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 16))
         with pytest.raises(
             MemoryPlanError, match=r"tokens need .* of disk and 0.06 MiB are there \(kv_dir\);"
@@ -136,12 +129,12 @@ def test_a_disk_without_room_is_refused_before_anything_is_read(
         assert len(gen.generate(PROMPTS[1][:9], max_new_tokens=2).token_ids) == 2
 
 
-def test_a_disk_that_fills_up_meanwhile(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_meanwhile(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: int) -> None:
         raise OSError(28, "No space left on device")
 
     reported: list[str] = []
-    with make(model, kv_dir=tmp_path) as gen, gen.prefill(PROMPTS[0]) as session:
+    with make(tiny_llama, kv_dir=tmp_path) as gen, gen.prefill(PROMPTS[0]) as session:
         expected = session.ask(QUESTIONS[0], keep=False, max_new_tokens=NEW, output_logits=True)
         with monkeypatch.context() as patch:
             patch.setattr(file_segments.os, "posix_fallocate", full)
@@ -153,19 +146,19 @@ def test_a_disk_that_fills_up_meanwhile(model: Path, tmp_path: Path, monkeypatch
         assert torch.equal(session.ask(QUESTIONS[0], max_new_tokens=NEW, output_logits=True).logits, expected.logits)
 
 
-def test_what_is_refused(model: Path, tmp_path: Path) -> None:
+def test_what_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"kv_dir=.* is for K/V on the host, and kv_location='gpu'"):
         OffloadConfig(kv_dir=tmp_path, kv_location="gpu")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"is no folder; make it"):
-        make(model, kv_dir=tmp_path / "nowhere")
+        make(tiny_llama, kv_dir=tmp_path / "nowhere")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", CASES)
-def test_the_same_tokens_on_a_gpu(changes: dict[str, Any], model: Path, tmp_path: Path) -> None:
-    with make(model, "cuda", **changes) as gen:
+def test_the_same_tokens_on_a_gpu(changes: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
+    with make(tiny_llama, "cuda", **changes) as gen:
         expected = gen.generate(PROMPTS, max_new_tokens=NEW)
-    with make(model, "cuda", **changes, kv_dir=tmp_path) as gen:
+    with make(tiny_llama, "cuda", **changes, kv_dir=tmp_path) as gen:
         outs = gen.generate(PROMPTS, max_new_tokens=NEW)
         assert [out.token_ids for out in outs] == [out.token_ids for out in expected]
         # Rows come by way of the host: no graph, and nothing but the ring is page-locked.
