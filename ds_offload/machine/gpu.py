@@ -1,4 +1,4 @@
-"""A CUDA device as the system sees it: driver, memory, PCIe link, NUMA node."""
+"""A CUDA device as the system sees it: driver, memory, PCIe link."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ class Gpu:
         others_bytes: Device memory that other processes hold; None where nvidia-smi does not list this
             process itself, as in most containers, so that its list means nothing.
         pci: Such as "0000:17:00.0".
-        numa_node: The node that it is attached to.
     """
 
     name: str
@@ -51,14 +50,12 @@ class Gpu:
     others_bytes: int | None
     pci: str | None
     link: Link
-    numa_node: int | None
 
     @classmethod
     def of(cls, device: torch.device, root: Path = Path("/")) -> Gpu:
         """The facts about a CUDA device now. Makes its context, if there is none yet."""
         free, total = torch.cuda.mem_get_info(device)
         pci = pci_id(device)
-        node = None if pci is None else pci_number(pci, "numa_node", root)
         return cls(
             name=torch.cuda.get_device_name(device),
             driver=driver_version(root),
@@ -67,7 +64,6 @@ class Gpu:
             others_bytes=other_processes(pci),
             pci=pci,
             link=read_link(pci, root),
-            numa_node=node if node is not None and node >= 0 else None,
         )
 
 

@@ -25,11 +25,10 @@ class HostMemory:
         total_bytes, available_bytes: Of the machine: installed, and free or free at once.
         cgroups: Control groups with a limit.
         memlock_bytes: Most that `mlock` gives this process; None is no limit. CAP_IPC_LOCK lifts it.
+            NVIDIA's module for Linux does not count what it pins against it (`os_lock_user_pages`
+            of its kernel-open/nvidia/os-mlock.c), so more can usually be pinned, and only trying
+            it tells: `ds-offload doctor` does.
         usable_bytes, usable_reason: What this process may use, and what sets that.
-        pinnable_bytes, pinnable_reason: What it may lock if the driver counts what it pins
-            against memlock. NVIDIA's module for Linux does not count it
-            (`os_lock_user_pages` of its kernel-open/nvidia/os-mlock.c), so more can usually
-            be pinned, and only trying it tells: `ds-offload doctor` does.
     """
 
     total_bytes: int
@@ -38,8 +37,6 @@ class HostMemory:
     memlock_bytes: int | None
     usable_bytes: int
     usable_reason: str
-    pinnable_bytes: int
-    pinnable_reason: str
 
     @classmethod
     def read(cls, root: Path, *, total: int, available: int, memlock: int | None) -> HostMemory:
@@ -52,10 +49,7 @@ class HostMemory:
                 reason = f"cgroup {group.path} limits memory to {_gib(group.limit_bytes)}"
                 reason += f", of which {_gib(group.used_bytes)} are in use"
         memlock = None if memlock is None or _may_lock(root) else memlock
-        pinnable, why = usable, reason
-        if memlock is not None and memlock < usable:
-            pinnable, why = memlock, f"memlock is {memlock / 2**10:,.0f} KiB (ulimit -l)"
-        return cls(total, available, groups, memlock, usable, reason, pinnable, why)
+        return cls(total, available, groups, memlock, usable, reason)
 
 
 def host_memory() -> HostMemory:

@@ -116,7 +116,7 @@ def test_the_trial_is_bounded(given: list[str], words: str, command: Any, monkey
         return [Check("pinned memory", "ok", "x", figures={"pinned_bytes": 1 << 20})]
 
     size = 100 << 30
-    memory = HostMemory(size, size, (), 65536, size, "r", 65536, "r")
+    memory = HostMemory(size, size, (), 65536, size, "r")
     monkeypatch.setattr(gpu_checks, "gpu_checks", checks)
     monkeypatch.setattr("ds_offload.machine.host_memory.host_memory", lambda: memory)
     _, result = doctor_json(command, "--device", "cpu", *given)

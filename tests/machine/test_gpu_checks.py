@@ -17,7 +17,7 @@ from ds_offload.machine.pin_probe import PinProbe
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 GIB = 1 << 30
 ORDER = ["gpu memory", "managed memory", "pinned memory", "bandwidth", "link"]
-GPU = Gpu("H100", "580", 80 * GIB, 79 * GIB + GIB // 2, 0, "0000:17:00.0", Link(5, 16, 5, 16), 0)
+GPU = Gpu("H100", "580", 80 * GIB, 79 * GIB + GIB // 2, 0, "0000:17:00.0", Link(5, 16, 5, 16))
 RATES = Bandwidths(50.0, 49.0, 44.0, 2900.0)
 
 

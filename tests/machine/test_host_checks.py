@@ -20,7 +20,7 @@ GIB = 1 << 30
 
 
 def bounds(usable: int = 50 * GIB, memlock: int | None = None, *groups: CgroupLimit) -> HostMemory:
-    return HostMemory(64 * GIB, 50 * GIB, groups, memlock, usable, "a reason", usable, "a reason")
+    return HostMemory(64 * GIB, 50 * GIB, groups, memlock, usable, "a reason")
 
 
 def test_memory_says_what_sets_the_bound() -> None:

@@ -30,13 +30,13 @@ def read(root: Path, files: dict[str, str], memlock: int | None = None, availabl
 
 def test_the_machine_sets_the_bound_where_no_group_does(tmp_path: Path) -> None:
     memory = read(tmp_path, {})
-    assert memory.usable_bytes == memory.pinnable_bytes == 50 * GIB and memory.memlock_bytes is None
-    assert memory.usable_reason == memory.pinnable_reason == "50.00 GiB of 64.00 GiB are available"
+    assert memory.usable_bytes == 50 * GIB and memory.memlock_bytes is None
+    assert memory.usable_reason == "50.00 GiB of 64.00 GiB are available"
 
 
 def test_a_group_sets_the_bound_where_it_leaves_less(tmp_path: Path) -> None:
     memory = read(tmp_path, CGROUP)
-    assert memory.usable_bytes == memory.pinnable_bytes == 6 * GIB
+    assert memory.usable_bytes == 6 * GIB
     assert memory.usable_reason == "cgroup /box limits memory to 8.00 GiB, of which 2.00 GiB are in use"
     assert read(tmp_path, CGROUP, available=5 * GIB).usable_bytes == 5 * GIB
 
@@ -46,19 +46,11 @@ def test_memlock_bounds_what_may_be_locked_but_for_cap_ipc_lock(capabilities: st
     memory = read(tmp_path, {"proc/self/status": f"Name:\tx\nCapEff:\t{capabilities}\n"}, memlock=65536)
     assert memory.usable_bytes == 50 * GIB
     assert memory.memlock_bytes == (65536 if holds else None)
-    assert memory.pinnable_bytes == (65536 if holds else 50 * GIB)
-    assert ("memlock is 64 KiB" in memory.pinnable_reason) == holds
-
-
-def test_a_memlock_above_what_can_be_used_bounds_nothing(tmp_path: Path) -> None:
-    memory = read(tmp_path, {}, memlock=60 * GIB)
-    assert memory.pinnable_bytes == 50 * GIB and memory.memlock_bytes == 60 * GIB
 
 
 def test_this_process_may_use_no_more_than_is_available() -> None:
     memory = host_memory()
     assert 0 < memory.usable_bytes <= memory.available_bytes <= memory.total_bytes == psutil.virtual_memory().total
-    assert memory.pinnable_bytes <= memory.usable_bytes
 
 
 def test_a_system_without_limits_has_no_memlock(monkeypatch: pytest.MonkeyPatch) -> None:
