@@ -187,7 +187,6 @@ def find_or_make_calibration(
     decoder: DecoderStack,
     path: str | None,
     prompt_ids: Sequence[int] | None = None,
-    on_progress: Progress | None = None,
 ) -> Calibration:
     """The calibration in `path`, else the one in the cache folder, else one made now.
 
@@ -200,7 +199,6 @@ def find_or_make_calibration(
         decoder: The same model's layers.
         path: A file of `Calibration.save`, or the reference implementation's channels.
         prompt_ids: Token ids of the prompt.
-        on_progress: As in `calibrate`.
 
     Raises:
         LoadError: `path` is not to be had or not to be trusted.
@@ -214,10 +212,10 @@ def find_or_make_calibration(
                 f"{loaded.source.name} has no tokenizer to calibrate with; give a prompt of token ids, "
                 "a calibration file, or put tokenizer.json into its folder"
             )
-        return calibrate_loaded(loaded, decoder, prompt_ids[:DEFAULT_TOKENS], "the prompt", on_progress)
+        return calibrate_loaded(loaded, decoder, prompt_ids[:DEFAULT_TOKENS], "the prompt")
     if loaded.source.load_format == "dummy":
         ids = text_ids(loaded, shipped_text(), DUMMY_TOKENS)
-        return calibrate_loaded(loaded, decoder, ids, SHIPPED_TEXT, on_progress)
+        return calibrate_loaded(loaded, decoder, ids, SHIPPED_TEXT)
     cached = cached_calibration(loaded.fingerprint)
     if os.path.exists(cached):
         try:
@@ -230,7 +228,7 @@ def find_or_make_calibration(
             notice(f"{cached} is of an older version; making it again")
         except LoadError as error:
             notice(f"{str(error).removesuffix(f'; {REMEDY}')}; making it again")
-    made = calibrate_loaded(loaded, decoder, text_ids(loaded, shipped_text()), SHIPPED_TEXT, on_progress)
+    made = calibrate_loaded(loaded, decoder, text_ids(loaded, shipped_text()), SHIPPED_TEXT)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         made.save(cached)
@@ -244,13 +242,13 @@ def cached_calibration(fingerprint: str) -> Path:
     return cache_folder() / "calibration" / f"{fingerprint}.safetensors"
 
 
-def _slow_progress(every_s: float = 10.0) -> Progress:
-    """Progress as a notice every `every_s` seconds: nothing where calibration is quick."""
+def _slow_progress() -> Progress:
+    """Progress as a notice every ten seconds: nothing where calibration is quick."""
     last = time.monotonic()
 
     def report(done: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() - last >= every_s:
+        if time.monotonic() - last >= 10:
             last = time.monotonic()
             notice(f"calibrating: {100 * done // total} %")
 

@@ -51,10 +51,8 @@ class SkinnyLinearLaunch:
             raise ValueError(f"{self}: needs columns 8 or 16, block_m >= 16, block_k >= 16 * warps, stages >= 2")
 
 
-def skinny_linear_launch(
-    rows_total: int, k: int, n: int, dtype: torch.dtype, gated: bool = False
-) -> SkinnyLinearLaunch:
-    """The launch for weights of `rows_total` rows and `k` channels and `n` rows of x.
+def skinny_linear_launch(k: int, n: int, dtype: torch.dtype, gated: bool = False) -> SkinnyLinearLaunch:
+    """The launch for weights of `k` channels and `n` rows of x.
 
     What decides the order of a sum, which is the use of tensor cores, `block_k` and
     `warps`, depends on `k` and `dtype` alone: a row of x gives the same bits in every
@@ -114,7 +112,7 @@ def skinny_linear(
     """
     out = _checked_out(x, weights, biases, norm, residual, out)
     if x.is_cuda:
-        launch = launch or skinny_linear_launch(out.shape[1], x.shape[1], x.shape[0], x.dtype)
+        launch = launch or skinny_linear_launch(x.shape[1], x.shape[0], x.dtype)
         with launching(x.device, "skinny_linear"):
             _launch(x, weights, biases, norm, residual, out, _checked_launch(x, launch), gated=False)
         return out
@@ -150,7 +148,7 @@ def gated_linear(
     """
     out = _checked_gated_out(x, gate, up, norm, out)
     if x.is_cuda:
-        launch = launch or skinny_linear_launch(2 * out.shape[1], x.shape[1], x.shape[0], x.dtype, gated=True)
+        launch = launch or skinny_linear_launch(x.shape[1], x.shape[0], x.dtype, gated=True)
         with launching(x.device, "gated_linear"):
             _launch(x, (gate, up), None, norm, None, out, _checked_launch(x, launch), gated=True)
         return out

@@ -57,7 +57,6 @@ class ReplayedSelections:
         kept: int,
         candidates: tuple[int, int],
         device: torch.device,
-        seed: int = 0,
     ) -> ReplayedSelections:
         """Draw the selections of `steps` steps.
 
@@ -75,7 +74,7 @@ class ReplayedSelections:
         count = last - first
         if count < kept:
             raise ValueError(f"{count} candidates from {first} to {last} are fewer than the {kept} that are kept")
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = torch.Generator(device).manual_seed(0)
         popularity = torch.empty(*shape, count, device=device).exponential_(generator=generator)
         power = POPULARITY_POWER
         popularity.pow_(power).div_(math.sqrt(math.gamma(1 + 2 * power) - math.gamma(1 + power) ** 2))

@@ -27,7 +27,7 @@ def run(x, weights, biases=None, norm=None, residual=None, dtype=None, launch=No
     out = torch.full((x.shape[0], rows), torch.nan, dtype=dtype or x.dtype)
     x = torch.cat((x, torch.full_like(x[:1], torch.nan)))[:-1]
     weights = [torch.cat((weight, torch.full_like(weight[:1], torch.nan)))[:-1] for weight in weights]
-    launch = launch or skinny_linear_launch(rows * (2 if gated else 1), x.shape[1], x.shape[0], x.dtype, gated)
+    launch = launch or skinny_linear_launch(x.shape[1], x.shape[0], x.dtype, gated)
     _launch(x, weights, biases, norm, residual, out, launch, gated)
     return out
 
@@ -114,6 +114,6 @@ def test_float16_whose_product_with_the_norm_weight_overflows() -> None:
 def test_the_residual_may_be_the_result() -> None:
     x, weight, residual = values(3, 64, dtype=F32), values(33, 64, dtype=F32), values(3, 33, dtype=F32)
     expected = skinny_linear_reference(x, (weight,), None, None, residual)
-    launch = skinny_linear_launch(33, 64, 3, F32)
+    launch = skinny_linear_launch(64, 3, F32)
     _launch(x, (weight,), None, None, residual, residual, launch, gated=False)
     torch.testing.assert_close(residual, expected, **TOLERANCE[F32])

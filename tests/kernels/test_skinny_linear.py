@@ -135,9 +135,9 @@ def test_wrong_arguments_of_gated_are_named(gated: Callable) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 20, 64, 576, 4096, 14336])
 def test_launch_keeps_the_order_of_sums(k: int, dtype: torch.dtype, gated: bool) -> None:
-    launches = [skinny_linear_launch(m, k, n, dtype, gated) for m in (1, 4096, 128256) for n in range(1, 17)]
+    launches = [skinny_linear_launch(k, n, dtype, gated) for n in range(1, 17)]
     assert len({(launch.tensor_cores, launch.block_k, launch.warps) for launch in launches}) == 1
-    for n, launch in enumerate(launches[:16], start=1):
+    for n, launch in enumerate(launches, start=1):
         assert launch.tensor_cores == (dtype != F32)
         assert launch.columns >= n or not launch.tensor_cores
 
