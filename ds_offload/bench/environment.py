@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,6 +12,8 @@ from pathlib import Path
 import torch
 
 import ds_offload
+from ds_offload.machine.command import command_output
+from ds_offload.machine.gpu import driver_version
 
 PACKAGES = ("torch", "triton", "transformers")
 
@@ -38,7 +39,7 @@ class Environment:
         """The environment of this process, computing on `device`."""
         versions: dict[str, str | None] = {"python": platform.python_version(), "ds_offload": ds_offload.__version__}
         versions |= {name: _version(name) for name in PACKAGES}
-        versions |= {"cuda": torch.version.cuda, "driver": _driver() if device.type == "cuda" else None}
+        versions |= {"cuda": torch.version.cuda, "driver": driver_version() if device.type == "cuda" else None}
         return cls(device_name(device), versions, tree_commit(Path(ds_offload.__file__).resolve().parent.parent))
 
 
@@ -51,14 +52,14 @@ def device_name(device: torch.device) -> str:
 
 def tree_commit(root: Path) -> str | None:
     """The commit of the git tree whose top is `root`, with "-dirty" behind it; None where it is no such tree."""
-    top = _output("git", "-C", str(root), "rev-parse", "--show-toplevel")
+    top = command_output("git", "-C", str(root), "rev-parse", "--show-toplevel")
     # An installed package may lie in an environment that lies in somebody else's tree.
     if not top or not os.path.samefile(top, root):
         return None
-    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
+    commit = command_output("git", "-C", str(root), "rev-parse", "HEAD")
     if not commit:
         return None
-    return commit if _output("git", "-C", str(root), "status", "--porcelain") == "" else f"{commit}-dirty"
+    return commit if command_output("git", "-C", str(root), "status", "--porcelain") == "" else f"{commit}-dirty"
 
 
 def _version(package: str) -> str | None:
@@ -66,11 +67,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _driver() -> str | None:
-    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return lines.splitlines()[0].strip() if lines else None
 
 
 def _cpu_model() -> str:
@@ -83,12 +79,3 @@ def _cpu_model() -> str:
         if names:
             return names[0]
     return platform.processor() or platform.machine()
-
-
-def _output(*command: str) -> str | None:
-    """Standard output of a command; None where it is not installed or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ds_offload.machine.command import command_output
 
 # A transfer rate in GT/s and the PCIe generation that has it.
 _GENERATIONS = {2.5: 1, 5.0: 2, 8.0: 3, 16.0: 4, 32.0: 5, 64.0: 6}
@@ -118,7 +119,7 @@ def driver_version(root: Path = Path("/")) -> str | None:
 def other_processes(pci: str | None) -> int | None:
     """Bytes of device memory that processes other than this one hold; None where that cannot be told."""
     query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    answer = _output(*query, *([] if pci is None else [f"--id={pci}"]))
+    answer = command_output(*query, *([] if pci is None else [f"--id={pci}"]))
     rows = [line.split(",") for line in (answer or "").splitlines()]
     held = {int(pid): int(mib) << 20 for pid, mib in rows if pid.strip().isdigit() and mib.strip().isdigit()}
     if os.getpid() not in held:
@@ -133,7 +134,7 @@ def smi_values(names: tuple[str, ...], device: str | None = None) -> list[str | 
         device: A PCI address or "GPU-" and a UUID; None is the first GPU.
     """
     query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
-    lines = (_output(*query, *([] if device is None else [f"--id={device}"])) or "").splitlines()
+    lines = (command_output(*query, *([] if device is None else [f"--id={device}"])) or "").splitlines()
     values = [text.strip() for text in lines[0].split(",")] if lines else []
     if len(values) != len(names):
         return [None] * len(names)
@@ -151,12 +152,3 @@ def _generation(pci: str, name: str, root: Path) -> int | None:
 def _width(lanes: int | None) -> int | None:
     """Virtual machines report widths that do not exist."""
     return lanes if lanes in _WIDTHS else None
-
-
-def _output(*command: str) -> str | None:
-    """Standard output of a command; None where it is not installed or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
