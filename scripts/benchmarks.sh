@@ -110,7 +110,7 @@ run run-8b-512k-int4 524000 --model llama-3.1-8b --ctx 512k --token-budget 2048 
 
 part=transformers
 bench transformers decode --model llama-2-7b --ctx 16k "${short[@]}" --variants ours --with-transformers
-bench transformers-prefill prefill --model llama-2-7b --ctx 16k --repeats 1 --with-transformers
+bench transformers-prefill prefill --model llama-2-7b --ctx 64k --repeats 1 --with-transformers
 
 part=text
 text=${TEXT:-$folder/text.txt}
