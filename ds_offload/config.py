@@ -197,16 +197,17 @@ class OffloadConfig:
         for field in ("gpu_memory", "host_memory"):
             if getattr(self, field) is not None:
                 fix(field, parse_bytes(getattr(self, field), field))
-        if self.calibration is not None:
-            fix("calibration", str(self.calibration))
+        for field in ("calibration", "kv_dir"):
+            if getattr(self, field) is not None:
+                fix(field, str(getattr(self, field)))
+                if not getattr(self, field):
+                    raise InputError(f"{field}='' is empty; give a path, or leave it out")
         check_labels(self.label_code, self.label_bits, self.label_channels)
         self._one_of("kv_location", ("host", "gpu"))
-        if self.kv_dir is not None:
-            fix("kv_dir", str(self.kv_dir))
-            if self.kv_location == "gpu":
-                raise InputError(
-                    f"kv_dir={self.kv_dir!r} is for K/V on the host, and kv_location='gpu'; leave one of them out"
-                )
+        if self.kv_dir is not None and self.kv_location == "gpu":
+            raise InputError(
+                f"kv_dir={self.kv_dir!r} is for K/V on the host, and kv_location='gpu'; leave one of them out"
+            )
         self._one_of("prefetch", ("exact", "speculative", "off"))
         self._one_of("kv_dtype", KV_DTYPES)
         self._at_least("sink_tokens", 0)
@@ -221,7 +222,7 @@ class OffloadConfig:
                 "is neither; use monitor='warn', or a budget such as 1/16"
             )
         layers = self.dense_layers
-        if isinstance(layers, str) or not all(
+        if not isinstance(layers, tuple | list | set | range) or not all(
             isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in layers
         ):
             raise InputError(f"dense_layers={layers!r} must be layer numbers from 0, such as (0, 1)")
