@@ -78,13 +78,20 @@ def write_session(folder: Path, header: SessionHeader, context: KVContext, calib
 
 
 def check_place(folder: Path) -> None:
-    """Refuse a place where something else than a session is.
+    """Refuse a place where something else than a session is, or where no folder can be made.
 
     Raises:
-        InputError: There is.
+        InputError: It is such a place.
     """
-    if os.path.lexists(folder) and not (folder / HEADER).is_file():
+    if (folder / HEADER).is_file():
+        return
+    if os.path.lexists(folder):
         raise InputError(f"{folder} is there already and is no session; give another path")
+    above = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise InputError(f"cannot make the session {folder}: {above} is no folder; give another path")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"cannot make the session {folder}: {above} is not writable; give another path")
 
 
 def read_calibration(folder: Path, header: SessionHeader) -> Calibration:

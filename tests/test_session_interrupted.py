@@ -18,7 +18,7 @@ from session_case import DOCUMENT, NEW, QUESTIONS, ask, make
 import ds_offload.session_file
 import ds_offload.tensor_file
 from ds_offload import InputError
-from ds_offload.session_file import SessionWriteError, remove_session, verify_session
+from ds_offload.session_file import SessionWriteError, check_place, remove_session, verify_session
 from ds_offload.session_header import HEADER, SessionHeader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,6 +128,16 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     with make(tiny_llama) as gen, gen.prefill(DOCUMENT) as session, pytest.raises(InputError, match="GiB of disk"):
         session.save(tmp_path / "book")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_where_no_folder_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(InputError, match=r"cannot make the session .*: .*file is no folder; give another path"):
+        check_place(tmp_path / "file" / "sessions" / "book")
+    check_place(tmp_path / "new" / "book")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(InputError, match=f"{tmp_path} is not writable; give another path"):
+        check_place(tmp_path / "new" / "book")
 
 
 def test_nothing_else_is_overwritten_or_removed(tiny_llama: Path, tmp_path: Path) -> None:

@@ -76,8 +76,10 @@ def run(
     if session is not None:
         from ds_offload.cli.run_session import SessionRun
 
-        if question is None or trace is not None:
-            raise InputError("--session needs --question, and goes without --trace; give a question about the document")
+        if trace is not None:
+            raise InputError("--session goes without --trace; leave one of them out")
+        if question is None:
+            raise InputError("--session needs --question; give a question about the document")
         SessionRun(model, config, session, sessions_dir, question).run(
             prompt, prompt_file, sampling, as_json, checkpoint
         )

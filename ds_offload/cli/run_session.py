@@ -53,8 +53,7 @@ class SessionRun:
             InputError: No document for a new session, another than a session's, or a session of another model.
             SessionWriteError: The session could not be saved; the answer was printed.
         """
-        given = prompt is not None or prompt_file is not None
-        text = read_prompt(prompt, prompt_file) if given or self._header is None else None
+        text = self._text(prompt, prompt_file)
         prepared = PreparedModel.find(**dataclasses.asdict(self._model), config=self._config)
         question: str | list[int] = self._question
         if prepared.tokenizer is None:
@@ -66,6 +65,17 @@ class SessionRun:
                 _answer(generator, session, question, sampling, as_json)
         if unsaved is not None:
             raise unsaved
+
+    def _text(self, prompt: str | None, prompt_file: str | None) -> str | None:
+        """The document's text; None where none was given and the session is there."""
+        if prompt is not None or prompt_file is not None:
+            return read_prompt(prompt, prompt_file)
+        if self._header is not None:
+            return None
+        try:
+            return read_prompt(None, None)
+        except InputError as error:
+            raise InputError(f"there is no session {self._folder} yet, and {error}") from None
 
     def _document(self, text: str | None, prepared: PreparedModel) -> str | list[int] | None:
         """The document to read; None where the session is there, and of that document."""

@@ -125,11 +125,12 @@ def test_wrong_input(refused: Any, command: Any, kept: Kept, plain_model: str, t
     (tmp_path / "file").write_text("text")
     wrong = {
         (*run, *session): "--session needs --question",
-        (*run, *session, "--question", "Why?", "--trace", str(tmp_path / "t")): "without --trace",
+        (*run, *session, "--question", "Why?", "--trace", str(tmp_path / "t")): "goes without --trace; leave one",
         (*run, *session, "--question", " "): "--question is empty",
         (*run, *session, "--question", "Why?", "--prompt", "Another book."): "of another document",
         (*run, *session, "--question", "Why?", "--prompt-file", "nowhere.txt"): "does not exist",
-        (*run, "--session", "new", "--question", "Why?"): "no prompt was given",
+        (*run, "--session", "new", "--question", "Why?"): "new yet, and no prompt was given",
+        (*run, "--session", str(tmp_path / "file" / "new"), "--question", "Why?", "--prompt", BOOK): "is no folder",
         (*run, "--session", "../", "--question", "Why?"): "is no session",
         (*run, "--session", ".", "--question", "Why?"): "is no name of a session",
         (*run, "--session", "", "--question", "Why?"): "is no name of a session",
