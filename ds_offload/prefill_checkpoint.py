@@ -135,6 +135,8 @@ class PrefillCheckpoint:
         """
         if folder is None:
             return None
+        if not str(folder):
+            raise InputError("checkpoint='' is empty; give a folder, or leave it out")
         if len(prompts) > 1:
             raise InputError(f"a checkpoint is of one prompt, and {len(prompts)} were given; leave checkpoint out")
         return cls(folder, PrefillIdentity.of(prompts[0], model, config, calibration))

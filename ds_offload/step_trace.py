@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import TracebackType
 
@@ -71,8 +72,10 @@ def check_trace_path(path: Path) -> None:
     """Refuse a trace file that cannot be written.
 
     Raises:
-        InputError: Its folder does not exist, or it is a folder.
+        InputError: Its folder does not exist, it is a folder, or it may not be written.
     """
     if path.is_dir() or not path.parent.is_dir():
         reason = "is a folder" if path.is_dir() else f"is in {path.parent}, which is no folder"
         raise InputError(f"trace={path} {reason}; give the name of a file in a folder that exists")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"cannot write to trace={path}; change its permissions, or give another file")

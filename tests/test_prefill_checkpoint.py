@@ -269,6 +269,11 @@ def test_from_the_command_line(
     assert capsys.readouterr().out == expected
 
 
+def test_no_folder_is_none(model: Path) -> None:
+    with make(model) as gen, pytest.raises(InputError, match="checkpoint='' is empty; give a folder"):
+        gen.generate([1, 2, 3], max_new_tokens=1, checkpoint="")
+
+
 def test_a_batch_has_no_checkpoint(model: Path, tmp_path: Path) -> None:
     with make(model) as gen, pytest.raises(InputError, match="a checkpoint is of one prompt, and 2 were given"):
         gen.generate([IDS, IDS], max_new_tokens=2, checkpoint=tmp_path)

@@ -10,7 +10,7 @@ from tiny_models import random_prompts, save_tiny, tiny_config
 
 from ds_offload import OffloadConfig, OffloadedGenerator
 from ds_offload.errors import InputError
-from ds_offload.step_trace import SKIPPED_STEPS, TRACED_STEPS
+from ds_offload.step_trace import SKIPPED_STEPS, TRACED_STEPS, check_trace_path
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -59,3 +59,16 @@ def test_a_trace_that_cannot_be_written_is_refused_before_the_work(tmp_path: Pat
                 gen.generate(random_prompts(20)[0], max_new_tokens=2, trace=wrong)
             with pytest.raises(InputError, match=reason):
                 gen.stream(random_prompts(20)[0], max_new_tokens=2, trace=wrong)
+
+
+def test_a_trace_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is there is asked itself, a new one's folder."""
+    there, new = tmp_path / "there.json", tmp_path / "folder" / "new.json"
+    there.touch()
+    new.parent.mkdir()
+    check_trace_path(there)
+    check_trace_path(new)
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) not in (there, new.parent))
+    for path in (there, new):
+        with pytest.raises(InputError, match=f"cannot write to trace={path}; change its permissions"):
+            check_trace_path(path)
