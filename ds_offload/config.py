@@ -44,9 +44,9 @@ def _parse_size(value: Any, units: dict[str, int], field: str, example: str) -> 
     return size
 
 
-def parse_tokens(value: int | str, field: str = "max_context") -> int:
+def parse_tokens(value: int | str, field: str = "max_context", example: str = "") -> int:
     """A number of tokens: 4096, "256k" (x 1,024) or "1M" (x 1,048,576)."""
-    return _parse_size(value, _TOKEN_UNITS, field, "a number of tokens such as 4096, 256k or 1M")
+    return _parse_size(value, _TOKEN_UNITS, field, example or "a number of tokens such as 4096, 256k or 1M")
 
 
 def parse_bytes(value: int | str, field: str = "gpu_memory") -> int:

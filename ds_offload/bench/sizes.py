@@ -19,7 +19,7 @@ def parse_sizes(text: str, field: str) -> tuple[int, ...]:
     parts = [part for part in text.split(",") if part.strip()]
     if not parts:
         raise InputError(f"{field}={text!r} is empty; give numbers with commas between them, such as 16k,64k")
-    return tuple(parse_tokens(part, field) for part in parts)
+    return tuple(parse_count(part, field) for part in parts)
 
 
 def parse_count(text: str, field: str) -> int:
@@ -28,7 +28,7 @@ def parse_count(text: str, field: str) -> int:
     Raises:
         InputError: Anything else.
     """
-    return parse_tokens(text, field)
+    return parse_tokens(text, field) if field == "ctx" else parse_tokens(text, field, "a whole number such as 8")
 
 
 def kept_tokens(budget: TokenBudget, tokens: int) -> int:
