@@ -20,6 +20,7 @@ from torch import Tensor
 from ds_offload.errors import InputError, LoadError
 from ds_offload.kernels.product_code import ProductCode
 from ds_offload.label_mass import SHARES
+from ds_offload.reference_channels import looks_like_json
 
 FORMAT = "ds_offload.calibration"
 VERSION = 4
@@ -232,6 +233,23 @@ def has_codes(path: str | None) -> bool:
         return "code_words" in json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (LoadError, ValueError):
         return False
+
+
+def check_calibration(path: str) -> None:
+    """Refuse a file that a user named as a calibration and that is none; its tensors are not looked at.
+
+    Raises:
+        LoadError: It cannot be read, or is neither a calibration nor a channel file.
+    """
+    data = read_calibration_file(os.path.expanduser(path))
+    if path.lower().endswith(".json") or looks_like_json(data):
+        return
+    try:
+        made_as = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["format"]
+    except (ValueError, KeyError, TypeError):
+        made_as = None
+    if made_as != FORMAT:
+        raise LoadError(f"{path} is no calibration, or is cut short or damaged; {REMEDY}")
 
 
 def read_calibration_file(path: str | Path) -> bytes:

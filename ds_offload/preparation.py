@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ds_offload.calibration_file import has_codes
+from ds_offload.calibration_file import check_calibration, has_codes
 from ds_offload.config import OffloadConfig
 from ds_offload.devices import resolve_device
 from ds_offload.errors import InputError, LoadError
@@ -52,6 +52,8 @@ class PreparedModel:
                 f"calibration {config.calibration} is no file; make one with `ds-offload calibrate --out FILE`, "
                 "or leave it out"
             )
+        if config.calibration is not None:
+            check_calibration(config.calibration)
         target = resolve_device(device)
         source = find_model(name, load_format=load_format, dtype=dtype, rope_scaling=rope_scaling)
         resolved = config.resolve(

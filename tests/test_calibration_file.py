@@ -17,7 +17,7 @@ from ds_offload.calibration import (
     Calibration,
     calibrate,
 )
-from ds_offload.calibration_file import has_codes
+from ds_offload.calibration_file import check_calibration, has_codes
 from ds_offload.decoder import DecoderStack
 from ds_offload.errors import InputError, LoadError
 from ds_offload.label_mass import SHARES
@@ -126,6 +126,20 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     with open(tmp_path / "huge", "wb") as file:
         file.truncate(2**40)
     assert "1,099,511,627,776 bytes" in refused(tmp_path / "huge")
+
+
+def test_what_is_no_calibration_is_told_from_its_beginning(made: Calibration, tmp_path: Path) -> None:
+    """A channel file is JSON, whose layers a model decides about."""
+    made.save(tmp_path / "made")
+    check_calibration(str(tmp_path / "made"))
+    (tmp_path / "channels").write_text(' {"model.layers.0.self_attn.k_proj": [[0]]}')
+    check_calibration(str(tmp_path / "channels"))
+    safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "weights")
+    (tmp_path / "text").write_text("no calibration, whatever its first 8 bytes say")
+    (tmp_path / "empty").touch()
+    for name in ("weights", "text", "empty"):
+        with pytest.raises(LoadError, match=f"{name} is no calibration, or is cut short or damaged; make one with"):
+            check_calibration(str(tmp_path / name))
 
 
 def test_the_wrong_model_is_named(made: Calibration, tmp_path: Path) -> None:

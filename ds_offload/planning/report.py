@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_offload.aliases import ALIASES, SHIPPED_MODELS
-from ds_offload.calibration_file import has_codes
+from ds_offload.calibration_file import check_calibration, has_codes
 from ds_offload.config import OffloadConfig
 from ds_offload.dtypes import dtype_name
 from ds_offload.families import check_supported
@@ -163,8 +163,10 @@ def resolve_request(source: ModelSource, config: OffloadConfig, batch: int, cuda
     """A request of `batch` sequences of the config's `max_context` tokens.
 
     Raises:
-        InputError: The model cannot be run with this config or at this length.
+        InputError: The model cannot be run with this config or at this length, or `calibration` is none.
     """
+    if config.calibration is not None:
+        check_calibration(config.calibration)
     shape = source.shape
     resolved = config.resolve(
         head_dim=shape.head_dim,

@@ -126,6 +126,8 @@ def test_positions_beyond_the_trained_ones_are_said_on_stderr(command: Any) -> N
         (("--batch", "0"), ("batch", "at least 1")),
         (("--batch", "two"), ("batch", "'two'")),
         (("--dense-layers", "99"), ("dense_layers", "99")),
+        (("--calibration", "nowhere.safetensors"), ("no calibration nowhere.safetensors",)),
+        (("--calibration", __file__), (f"{__file__} is no calibration",)),
     ],
 )
 def test_refusals(refused: Any, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
