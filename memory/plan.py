@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -171,7 +172,8 @@ def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None, continu
     """
     offloaded = shape.layers - shape.dense_layers
     tokens = sum(shape.capacities)
-    segments = sum(-(-capacity // shape.segment_tokens) for capacity in shape.capacities)
+    counts = Counter(shape.capacities)
+    segments = sum(count * -(-capacity // shape.segment_tokens) for capacity, count in counts.items())
     segment = offloaded * shape.segment_tokens * shape.kv_heads * shape.row_bytes
     if not shape.kv_on_device:
         # A block of host memory is whole pages.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +127,8 @@ def estimate(request: Request, rates: Rates | None) -> Estimate:
     elif rates.bf16_tflops is None:
         assumptions["prefill"] = "none: the rate of this device's products is not known"
     else:
-        work = sum(prefill_flops(request.source, tokens) for tokens in request.lengths)
+        counts = Counter(request.lengths)
+        work = sum(count * prefill_flops(request.source, tokens) for tokens, count in counts.items())
         prefill = work / (rates.bf16_tflops * 1e12 * PREFILL_SHARE)
     return Estimate(moved, prefill, 1000 * step, assumptions)
 

@@ -146,7 +146,7 @@ def _cache_shape(
     shape = source.shape
     window = AttentionWindow(config.sink_tokens, config.recent_tokens)
     budget = config.budget
-    kept = max(window.selected(config.widest_budget.tokens(capacity), capacity) for capacity in capacities)
+    kept = max(window.selected(config.widest_budget.tokens(capacity), capacity) for capacity in set(capacities))
     rows = RowFormat.of(config.kv_dtype, source.dtype, shape.head_dim)
     everything = budget.fraction == 1
     kv_on_device = config.kv_location == "gpu"
