@@ -122,7 +122,8 @@ class PlanReport:
         rows.append(("longest context that fits", f"{self.max_context:,} tokens"))
         width = max(len(name) for name, _ in rows)
         lines += [f"  {name:<{width}}  {value}" for name, value in rows]
-        lines += [f"  {value}" for value in estimated.assumptions.values() if str(value).startswith("none: ")]
+        reasons = [str(value) for value in estimated.assumptions.values() if str(value).startswith("none: ")]
+        lines += [f"  not estimated: {reason.removeprefix('none: ')}" for reason in reasons]
         if self.plan.prefill_mode == "streamed":
             lines.append("  the prompt does not fit the GPU as a whole: its prefill is streamed")
         return "\n".join([*lines, self._verdict()])

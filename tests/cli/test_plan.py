@@ -108,6 +108,11 @@ def test_for_people(command: Any) -> None:
     assert none.status == 1 and none.out.splitlines()[-1].endswith("choose a smaller model")
 
 
+def test_why_there_is_no_time_is_said(command: Any, ids_model: str) -> None:
+    ended = command("plan", "--model", ids_model, "--device", "cpu", "--ctx", "256")
+    assert "  not estimated: how fast this device is is not known; --gpu NAME takes published figures" in ended.out
+
+
 def test_positions_beyond_the_trained_ones_are_said_on_stderr(command: Any) -> None:
     ended = command("plan", "--model", "llama-2-7b", "--ctx", "64k", *H100, "--json")
     assert len(ended.error_lines) == 1 and "4,096 positions" in ended.err
