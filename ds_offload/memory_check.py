@@ -46,7 +46,8 @@ def check_weights(source: ModelSource, config: OffloadConfig, device: torch.devi
         needed += CUDA_RESERVE_BYTES
     place, limit = ("host memory", limits.host) if limits.gpu is None else ("GPU memory", limits.gpu)
     if needed > limit:
-        raise MemoryPlanError(_line("the weights", Shortage(place, needed, limit), "choose a smaller model"))
+        short = Shortage(place, needed, limit)
+        raise MemoryPlanError(_line("the weights", short, short.last_resort(config)))
 
 
 def check_memory(
@@ -84,7 +85,7 @@ def check_memory(
     plan = request.plan(limits.gpu)
     short = limits.shortage(plan)
     if short is not None:
-        raise MemoryPlanError(_line(f"{sum(capacities):,} tokens", short, _remedy(request, limits)))
+        raise MemoryPlanError(_line(f"{sum(capacities):,} tokens", short, _remedy(request, limits, short)))
     return plan
 
 
@@ -149,7 +150,7 @@ def _host_limit(config: OffloadConfig, there: int = 0) -> int:
     return min(usable, config.host_memory) if isinstance(config.host_memory, int) else usable
 
 
-def _remedy(request: Request, limits: MemoryLimits) -> str:
+def _remedy(request: Request, limits: MemoryLimits, short: Shortage) -> str:
     flags = find_changes(request, limits)
     if flags:
         return f"{' '.join(flags)} makes it fit"
@@ -157,7 +158,7 @@ def _remedy(request: Request, limits: MemoryLimits) -> str:
     if longest:
         each = " each" if request.batch > 1 else ""
         return f"shorten the prompt: at most {longest:,} tokens{each} fit, the answer counted"
-    return "choose a smaller model"
+    return short.last_resort(request.config)
 
 
 def _line(what: str, short: Shortage, remedy: str) -> str:

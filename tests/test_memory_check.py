@@ -84,6 +84,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
             str(tmp_path), config=OffloadConfig(max_context=1024, host_memory="16KiB"), device="cpu"
         )
     assert "\n" not in str(error.value)
+    assert str(error.value).endswith("(host_memory); raise host_memory, or choose a smaller model")
     with OffloadedGenerator.from_pretrained(
         str(tmp_path), config=OffloadConfig(max_context=100_000, host_memory="8MiB"), device="cpu"
     ) as gen:

@@ -136,7 +136,7 @@ class PlanReport:
         line = f"does not fit: {needed} of {short.place} are needed and {limit} are there"
         if self.changes:
             return f"{line}; add {' '.join(self.changes)}"
-        return f"{line}; no flag makes it fit: choose a smaller model"
+        return f"{line}; no change makes it fit: {short.last_resort(self.request.config)}"
 
     def _dtype_assumption(self) -> dict[str, str]:
         name = self.request.source.name

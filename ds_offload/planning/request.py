@@ -23,6 +23,15 @@ class Shortage:
     needed: int
     limit: int
 
+    def last_resort(self, config: OffloadConfig) -> str:
+        """What to do where no flag of `find_changes` makes it fit."""
+        if self.place == "disk":
+            return "give kv_dir a folder on a disk with more room, or choose a smaller model"
+        field = "gpu_memory" if self.place == "GPU memory" else "host_memory"
+        if getattr(config, field) != self.limit:
+            return "choose a smaller model"
+        return f"raise {field}, or choose a smaller model"
+
 
 @dataclass(frozen=True)
 class MemoryLimits:

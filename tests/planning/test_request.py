@@ -1,4 +1,4 @@
-"""Many sequences in one request."""
+"""Many sequences in one request, and what to do where nothing makes one fit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 
 from ds_offload.config import OffloadConfig, TokenBudget
 from ds_offload.planning.report import find_source, resolve_request
+from ds_offload.planning.request import Shortage
 
 
 def test_sequences_of_one_length_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,3 +20,13 @@ def test_sequences_of_one_length_are_looked_at_once(monkeypatch: pytest.MonkeyPa
     many = resolve_request(source, config, 10_000, True).plan()
     assert len(seen) < 10
     assert many.host_kv == 10_000 * one.host_kv
+
+
+def test_the_last_resort_is_where_the_limit_comes_from() -> None:
+    """A disk, a limit that was given, and memory that is not there."""
+    given = OffloadConfig(host_memory=100, gpu_memory=200)
+    assert Shortage("disk", 9, 1).last_resort(given).startswith("give kv_dir a folder on a disk with more room")
+    assert Shortage("host memory", 101, 100).last_resort(given) == "raise host_memory, or choose a smaller model"
+    assert Shortage("GPU memory", 201, 200).last_resort(given) == "raise gpu_memory, or choose a smaller model"
+    assert Shortage("host memory", 101, 99).last_resort(given) == "choose a smaller model"
+    assert Shortage("host memory", 101, 100).last_resort(OffloadConfig()) == "choose a smaller model"
