@@ -68,6 +68,8 @@ class PreparedModel:
         lines = [describe_rope(source.config, resolved.max_context)]
         if config.label_code == "auto" and config.label_bits is config.label_channels is None:
             lines.append(_scalar_labels(resolved))
+        if target.type == "cpu" and config.gpu_memory is not None:
+            lines.append("gpu_memory limits nothing on the CPU, where host_memory limits everything")
         if device == "auto" and target.type == "cpu":
             lines.insert(0, "no CUDA device found: running on the CPU")
         return cls(source, resolved, target, load_tokenizer(source), tuple(line for line in lines if line is not None))
