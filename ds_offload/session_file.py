@@ -18,7 +18,7 @@ from ds_offload.calibration import Calibration
 from ds_offload.context_copy import fill_window, synchronize
 from ds_offload.errors import InputError, LoadError
 from ds_offload.kv_context import KVContext
-from ds_offload.session_header import HEADER, SessionHeader, calibration_digest
+from ds_offload.session_header import HEADER, REMEDY, SessionHeader, calibration_digest
 from ds_offload.tensor_file import FileRecord, check_file, read_tensor, sync_folder, write_file, write_tensor
 
 LABELS = "labels.safetensors"
@@ -26,7 +26,6 @@ WINDOW = "window.safetensors"
 CALIBRATION = "calibration.safetensors"
 # Files read or written at a time: their checksums take a core each.
 _THREADS = 8
-_REMEDY = "read the document again"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -137,7 +136,8 @@ def verify_session(folder: Path) -> SessionHeader:
         LoadError: Something is missing or damaged.
     """
     header = SessionHeader.read(folder)
-    _in_threads(lambda item: check_file(folder / item[0], item[1]), list(header.files.items()))
+    with _naming_the_remedy():
+        _in_threads(lambda item: check_file(folder / item[0], item[1]), list(header.files.items()))
     read_calibration(folder, header)
     return header
 
@@ -251,4 +251,4 @@ def _naming_the_remedy() -> Iterator[None]:
     try:
         yield
     except LoadError as error:
-        raise LoadError(f"{error}; {_REMEDY}") from None
+        raise LoadError(f"{error}; {REMEDY}") from None

@@ -20,6 +20,8 @@ from ds_offload.tensor_file import FileRecord, check_size
 FORMAT = "ds_offload.session"
 VERSION = 2
 HEADER = "session.json"
+# Where a file is damaged.
+REMEDY = "read the document again"
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,10 @@ class SessionHeader:
             raise LoadError(f"cannot read {path}: {error.strerror}; give another session") from None
         header = cls._parse(data, path)
         for name, record in header.files.items():
-            check_size(folder / name, record)
+            try:
+                check_size(folder / name, record)
+            except LoadError as error:
+                raise LoadError(f"{error}; {REMEDY}") from None
         return header
 
     @classmethod

@@ -121,7 +121,9 @@ def check_size(path: Path, record: FileRecord) -> None:
     Raises:
         LoadError: It is not there, cut short or longer.
     """
-    size = path.stat().st_size if path.is_file() else 0
+    if not path.is_file():
+        raise LoadError(f"{path} is missing")
+    size = path.stat().st_size
     if size != record.nbytes:
         raise LoadError(f"{path} has {size:,} bytes and {record.nbytes:,} were written")
 

@@ -9,6 +9,7 @@ from session_case import FILES, make
 
 from ds_offload.errors import LoadError
 from ds_offload.session_file import verify_session
+from ds_offload.session_header import HEADER
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
@@ -40,3 +41,5 @@ def test_a_file_of_another_length_is_found(tiny_llama: Path, saved_session: Path
             with pytest.raises(LoadError) as error:
                 call()
             assert name in str(error.value) and "\n" not in str(error.value)
+            assert name == HEADER or str(error.value).endswith("; read the document again")
+            assert damage != "missing" or name == HEADER or " is missing; " in str(error.value)

@@ -106,7 +106,8 @@ def test_damage_is_found_listed_and_removed(command: Any, refused: Any, kept: Ke
     data[200] ^= 1
     layer.write_bytes(data)
     for name in kept.both_ways:
-        assert "layer-0001.safetensors is damaged" in refused("session", "verify", *name).err
+        verified = refused("session", "verify", *name).err
+        assert "layer-0001.safetensors is damaged" in verified and verified.count("; read the document again\n") == 1
     asked = ("run", *CPU, "--model", kept.model, "--session", str(kept.folder), "--question", "Why?")
     assert "layer-0001.safetensors is damaged" in command(*asked).error_lines[-1]
     layer.write_bytes(data[:-1])
