@@ -74,6 +74,8 @@ class OffloadedGenerator(CallPlanner):
         Raises:
             InputError: Something given is wrong, not supported, or does not fit.
         """
+        if config is not None and not isinstance(config, OffloadConfig):
+            raise InputError(f"config={config!r} is no OffloadConfig; give OffloadConfig(max_context='8k')")
         return cls.from_prepared(
             PreparedModel.find(name, config or OffloadConfig(), load_format, device, dtype, rope_scaling)
         )
@@ -99,10 +101,10 @@ class OffloadedGenerator(CallPlanner):
         self.close()
 
     def close(self) -> None:
-        """Let go of the weights, and of the memory that calls left for the next one."""
+        """Let go of the weights, and of the memory that calls left for the next one; once more does nothing."""
         self.kept.close()
-        del self.decoder
-        del self.loaded
+        for held in ("decoder", "loaded"):
+            self.__dict__.pop(held, None)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -11,7 +11,7 @@ import torch
 from generator_case import LENGTHS, NEW, make
 from tiny_models import greedy, random_prompts, save_tiny, tiny_config
 
-from ds_offload import InputError
+from ds_offload import InputError, OffloadedGenerator
 
 FAMILIES = [
     ("llama", 4, {}),
@@ -203,3 +203,15 @@ def test_a_request_beyond_host_memory_is_refused_before_anything_is_made(tiny_ll
         gen.config = dataclasses.replace(gen.config, host_memory="1MiB")
         with pytest.raises(InputError, match="host_memory"):
             gen.generate(random_prompts(500)[0], max_new_tokens=400)
+
+
+def test_it_may_be_closed_twice(tiny_llama: Path) -> None:
+    with OffloadedGenerator.from_pretrained(str(tiny_llama), device="cpu") as gen:
+        gen.close()
+    gen.close()
+
+
+def test_a_config_of_another_type_is_refused(tiny_llama: Path) -> None:
+    config: Any = {"max_context": 100}
+    with pytest.raises(InputError, match=r"config=\{'max_context': 100\} is no OffloadConfig; give OffloadConfig"):
+        OffloadedGenerator.from_pretrained(str(tiny_llama), config=config, device="cpu")
