@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,8 @@ def conversation_ids(
     """
     tokenizer = loaded.tokenizer
     if not isinstance(question, str):
-        return known + encode_prompt(list(question), tokenizer, loaded.source.shape.vocab_size)
+        given = list(question) if isinstance(question, Iterable) else question
+        return known + encode_prompt(given, tokenizer, loaded.source.shape.vocab_size)
     if document is not None and len(known) == document_tokens:
         return document.ids(known, question, tokenizer)
     if document is not None:

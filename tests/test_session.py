@@ -105,6 +105,7 @@ def test_what_cannot_be_asked(gen: OffloadedGenerator) -> None:
     session = gen.prefill(DOCUMENT)
     refusals: list[tuple[Any, dict[str, Any], str]] = [
         ([], {}, "empty list"),
+        (5, {}, "the prompt is of type int; it must be"),
         ([301], {}, "token id 301"),
         ("text", {}, "no tokenizer"),
         (random_prompts(250)[0], {}, "400 tokens and max_context=400"),
