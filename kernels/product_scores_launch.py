@@ -100,7 +100,7 @@ def launch_scores(inputs: ProductInputs, out: Tensor) -> None:
     scores_kernel[(-(-inputs.max_length // launch.block), inputs.batch * inputs.kv_heads)](
         *(inputs.labels, table, factors, inputs.starts.contiguous(), inputs.lengths.contiguous(), out),
         *(inputs.labels.stride(0), inputs.kv_heads, inputs.max_length),
-        **_constants(inputs, 1, launch.each, launch.warps),
+        **_constants(inputs, launch, 1, launch.each, launch.warps),
         ALIGNMENT=_alignment(out),
         BLOCK=launch.block,
         num_warps=launch.warps,
@@ -124,7 +124,7 @@ def launch_weights(inputs: ProductInputs, out: Tensor) -> None:
     sums_kernel[(parts, pairs, inputs.group // launch.heads)](
         *(inputs.labels, table, factors, inputs.starts.contiguous(), lengths, sums, partials),
         *(inputs.labels.stride(0), inputs.kv_heads, inputs.group, parts, stride),
-        **_constants(inputs, launch.heads, launch.summed, 1),
+        **_constants(inputs, launch, launch.heads, launch.summed, 1),
         HEADS=launch.heads,
         BLOCK=launch.part,
         num_warps=1,
@@ -174,13 +174,12 @@ def _tables(inputs: ProductInputs, launch: ProductLaunch, scaling: float) -> tup
     return table, factors
 
 
-def _constants(inputs: ProductInputs, heads: int, each: int, warps: int) -> dict[str, int | str]:
+def _constants(inputs: ProductInputs, launch: ProductLaunch, heads: int, each: int, warps: int) -> dict[str, int | str]:
     """What a kernel that reads labels is compiled for. Triton's interpreter has no inline PTX."""
     layout = inputs.code.layout
     row_words = layout.row_bytes // 4
     lookup = lookup_ptx(layout.parts, row_words, heads, each, 32 * warps) if inputs.labels.is_cuda else ""
-    vector = math.gcd(16, layout.row_bytes) // 4
-    return {"PARTS": layout.parts, "ROW_WORDS": row_words, "VECTOR": vector, "LOOKUP": lookup, "EACH": each}
+    return {"PARTS": layout.parts, "ROW_WORDS": row_words, "VECTOR": launch.vector, "LOOKUP": lookup, "EACH": each}
 
 
 def _alignment(out: Tensor) -> int:
