@@ -259,11 +259,11 @@ class KVContext(ContextStores):
             return torch.cat(each)
         kept = self.scheduler.keep(layer, query)
         if self.codec is None:
-            output = slot_attention(query, kept.rows, kept.places, self._scaling)
+            output = slot_attention(query, kept.rows, kept.places, self._scaling, arriving=kept.arriving)
         else:
             assert self.window_buffer is not None, "quantised rows have their window apart"
-            window, code = self.window_buffer.tensor(layer), self.codec.layer(layer)
-            output = coded_attention(query, window, kept.rows, code, kept.places, self._scaling)
+            rows = self.window_buffer.tensor(layer), kept.rows, self.codec.layer(layer), kept.places
+            output = coded_attention(query, *rows, self._scaling, arriving=kept.arriving)
         self.attended[layer] = Attended(query, kept.selected_by, output)
         return output
 

@@ -127,7 +127,7 @@ def _launch(
     )
     settle_kernel[(rows,)](
         *(state.page, state.tokens, state.selected, state.queue, state.marks, tokens, clock),
-        *(result.places, result.missing, result.missing_places, result.moved),
+        *(result.places, result.missing, result.missing_places, result.moved, result.progress),
         counts if counts is not None else result.moved,
         *(scratch[0], scratch[1], sums, places_stride, state.page.shape[2], capacity, kept, first_place),
         *(listed_slots(capacity), parts),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ds_offload.kernels.gather_kernels import counter
 from ds_offload.kernels.triton_runtime import jit, tl
 
 
@@ -144,6 +145,7 @@ def settle_kernel(
     missing,
     missing_places,
     moved,
+    progress,
     counts,
     missed,
     victims,
@@ -183,6 +185,8 @@ def settle_kernel(
     wanted = tl.sum(tl.load(sums + parts, mask=each < parts, other=0), 0)
     misses = tl.sum(some, 0)
     tl.store(moved + row, misses)
+    tl.store(counter(progress, row), 0)
+    tl.store(counter(progress, tl.num_programs(0)), 0)
     if COUNTED:
         counts += row * 4
         tl.store(counts, tl.load(counts) + misses)

@@ -77,19 +77,24 @@ class AdmitResult:
             to fetch, in the order in which they were given; the others are not written.
         missing_places: int64 [B, Hkv, K]: where to.
         moved: int32 [B, Hkv], the number of tokens to fetch.
+        progress: int32 [B * Hkv + 1, 32], the first of each 32 is 0: for whoever fetches them (`kernels/arriving.py`).
     """
 
     places: Tensor
     missing: Tensor
     missing_places: Tensor
     moved: Tensor
+    progress: Tensor
 
 
 def result_for(tokens: Tensor, places: Tensor | None) -> AdmitResult:
     """A result for `tokens` [B, Hkv, K], not filled; `places` is taken if given."""
     fresh = [torch.empty(tokens.shape, dtype=torch.int64, device=tokens.device) for _ in range(2 + (places is None))]
     moved = torch.empty(tokens.shape[:2], dtype=torch.int32, device=tokens.device)
-    return AdmitResult(places if places is not None else fresh[2], fresh[0], fresh[1], moved)
+    # On CUDA the kernel that settles writes the zeros.
+    make = torch.empty if tokens.is_cuda else torch.zeros
+    progress = make(moved.numel() + 1, 32, dtype=torch.int32, device=tokens.device)
+    return AdmitResult(places if places is not None else fresh[2], fresh[0], fresh[1], moved, progress)
 
 
 def check_admit(

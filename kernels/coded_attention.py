@@ -8,9 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ds_offload.kernels.arriving import Arriving, fetch_arguments
 from ds_offload.kernels.coded_attention_kernels import coded_tensor_core_kernel, coded_vector_kernel
 from ds_offload.kernels.gather import gather_rows
-from ds_offload.kernels.kv_codec import RowCode, decode_rows
+from ds_offload.kernels.kv_codec import RowCode, RowLayout, decode_rows
+from ds_offload.kernels.nibble_attention_kernel import nibble_vector_kernel
 from ds_offload.kernels.slot_attention import FLOATS
 from ds_offload.kernels.slot_attention_launch import (
     Partials,
@@ -23,17 +25,23 @@ from ds_offload.kernels.slot_attention_launch import (
 from ds_offload.kernels.sparse_attention import sparse_attention, sparse_attention_reference
 from ds_offload.kernels.triton_runtime import launching, power_of_two
 
+# Without tensor cores: rows read at a time, entries of the list per program, how far loads run ahead.
+TILE = {8: 32, 4: 32}
+SPLIT = {8: 256, 4: 256}
+STAGES = {8: 2, 4: 2}
 
-def coded_attention_launch(group: int, head_dim: int, query_dtype: torch.dtype) -> SlotAttentionLaunch:
+
+def coded_attention_launch(group: int, layout: RowLayout, query_dtype: torch.dtype) -> SlotAttentionLaunch:
     """The launch over quantised rows: that over rows of the query's dtype, since a tile is computed with as such.
 
-    Without tensor cores a tile is 32 rows: at 4 bits the 16 of 128 channels would be too few bytes to read at a time.
+    Without tensor cores a tile is of more rows: those of 128 channels would be too few bytes to read at a time.
     """
-    launch = slot_attention_launch(group, head_dim, query_dtype, query_dtype)
+    launch = slot_attention_launch(group, layout.head_dim, query_dtype, query_dtype)
     if launch.tensor_cores:
         return launch
-    tile = max(8, min(32, 8192 // power_of_two(head_dim)))
-    return SlotAttentionLaunch(False, 1, split=launch.split, tile=tile, warps=4, stages=2)
+    tile = max(8, min(TILE[layout.bits], 8192 // power_of_two(layout.head_dim)))
+    split = SPLIT[layout.bits] if group == 1 else launch.split
+    return SlotAttentionLaunch(False, 1, split=split, tile=tile, warps=4, stages=STAGES[layout.bits])
 
 
 def window_launch(group: int, head_dim: int, query_dtype: torch.dtype, rows_dtype: torch.dtype) -> SlotAttentionLaunch:
@@ -54,6 +62,7 @@ def coded_attention(
     slots: Tensor,
     scaling: float,
     out: Tensor | None = None,
+    arriving: Arriving | None = None,
 ) -> Tensor:
     """Exact softmax attention over window rows and quantised rows together.
 
@@ -71,6 +80,7 @@ def coded_attention(
             -1: skip. At least one entry of each head is not skipped.
         scaling: Factor of the scores.
         out: [B, H, D] of the query's dtype, contiguous.
+        arriving: Rows that are copied into `rows` before they are read; see `slot_attention`.
 
     Returns:
         [B, H, D] in the query's dtype: `out` if given; every element is written.
@@ -80,11 +90,15 @@ def coded_attention(
             not exist. On CUDA, where checking would wait for the device, it is skipped.
     """
     out = _checked_out(query, window, rows, code, slots, out)
+    if arriving is not None:
+        arriving.check(rows)
     if not query.is_cuda:
+        if arriving is not None:
+            arriving.fetch(rows)
         _check_slots(window, rows, slots)
         return out.copy_(sparse_attention(query, *kept_rows(window, rows, code, slots, query.dtype), scaling))
     with launching(query.device, "coded_attention"):
-        _launch(query, window, rows, code, slots, scaling, out)
+        _launch(query, window, rows, code, slots, scaling, out, arriving)
     return out
 
 
@@ -147,6 +161,7 @@ def _launch(
     slots: Tensor,
     scaling: float,
     out: Tensor,
+    arriving: Arriving | None = None,
 ) -> None:
     if query.numel() == 0:
         return
@@ -155,7 +170,7 @@ def _launch(
     count = slots.shape[2] - near
     kv_heads = window.shape[1]
     group = heads // kv_heads
-    launch = coded_attention_launch(group, head_dim, query.dtype)
+    launch = coded_attention_launch(group, code.layout, query.dtype)
     near_launch = window_launch(group, head_dim, query.dtype, window.dtype)
     near_splits = -(-near // near_launch.split)
     splits = -(-count // launch.split)
@@ -172,13 +187,15 @@ def _launch(
             strides = rows.stride(0), rows.stride(1), rows.stride(2)
             alignment = math.gcd(8, rows.data_ptr(), *strides)
         half = head_dim // 2
-        kernel, shared = (coded_vector_kernel, {})
+        kernel, shared = (nibble_vector_kernel if code.layout.bits == 4 else coded_vector_kernel), {}
         if launch.tensor_cores:
             kernel, shared = coded_tensor_core_kernel, {"HEADS": launch.heads}
-        kernel[(splits, batch * kv_heads, -(-group // launch.heads))](
+        pairs = batch * kv_heads
+        fetch, constants, fetchers = fetch_arguments(arriving, rows)
+        kernel[(fetchers + splits * pairs * -(-group // launch.heads),)](
             *(query, source, slots[..., near:], code.factor, partials.sums, partials.stats),
             *(scaling * math.log2(math.e), kv_heads, count, slots.stride(1), capacity, *strides, layer, segments),
-            *(partials.splits, near_splits),
+            *(partials.splits, near_splits, splits, pairs, *fetch),
             SEGMENT_TOKENS=segment_tokens,
             BITS=code.layout.bits,
             PART_BYTES=code.layout.part_bytes,
@@ -189,6 +206,7 @@ def _launch(
             TILE=launch.tile,
             STAGES=launch.stages,
             ALIGNMENT=alignment,
+            **constants,
             **shared,
             num_warps=launch.warps,
         )

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_offload.kernels.segment_table import SegmentTable, row_address
-from ds_offload.kernels.triton_runtime import jit, launching, power_of_two, tl
+from ds_offload.kernels.gather_kernels import gather_kernel
+from ds_offload.kernels.segment_table import SegmentTable
+from ds_offload.kernels.triton_runtime import launching, power_of_two
 
 
 @dataclass(frozen=True)
 class GatherLaunch:
-    """Launch of the CUDA kernel: programs, parts of a head's list, rows copied at a time, warps of a program."""
+    """Launch of the CUDA kernel: programs, rows that one copies at a time, its warps."""
 
     programs: int
-    parts: int
     tile_rows: int
     warps: int
 
@@ -26,79 +26,10 @@ def gather_launch(pairs: int, kept: int, row_bytes: int) -> GatherLaunch:
 
     64 programs of 4 warps saturate a PCIe 5 x16 link (32 nearly do) and leave the other
     multiprocessors to the compute stream. A program has about 16 KiB in flight, so that
-    all of them cover the link's latency. More heads than programs come in four parts each,
-    so that the last turn is a small share of the work.
+    all of them cover the link's latency.
     """
     tile_rows = max(1, 16384 // (4 * power_of_two(row_bytes // 4)))
-    parts = min(-(-kept // tile_rows), max(1, 64 // pairs) if pairs <= 64 else 4)
-    return GatherLaunch(programs=min(64, pairs * parts), parts=parts, tile_rows=tile_rows, warps=4)
-
-
-@jit(do_not_specialize=["pairs", "parts", "layer", "kept", "segments", "capacity"])
-def _gather_kernel(
-    addresses,
-    tokens,
-    slots,
-    counts,
-    out,
-    timer,
-    pairs,
-    parts,
-    layer,
-    heads,
-    kept,
-    segments,
-    capacity,
-    stride_b,
-    stride_h,
-    stride_slot,
-    COUNTED: tl.constexpr,
-    TIMED: tl.constexpr,
-    SEGMENT_TOKENS: tl.constexpr,
-    ROW_WORDS: tl.constexpr,
-    WORDS_PAD: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-):
-    """Copies rows as 4-byte words, tile by tile of one part of a head's list; strides of `out` in words."""
-    began = tl.zeros([1], tl.int64)
-    if TIMED:
-        began += tl.extra.cuda.globaltimer()
-    copied_tiles = 0
-    word = tl.arange(0, WORDS_PAD)
-    unit = tl.program_id(0)
-    while unit < pairs * parts:
-        pair = unit % pairs
-        first = unit // pairs * TILE_ROWS
-        listed = kept
-        if COUNTED:
-            listed = tl.load(counts + pair)
-        list_start = pair.to(tl.int64) * kept
-        b = pair // heads + tl.zeros([TILE_ROWS], tl.int32)
-        h = pair % heads + tl.zeros([TILE_ROWS], tl.int32)
-        out_rows = out + (pair // heads).to(tl.int64) * stride_b + (pair % heads).to(tl.int64) * stride_h
-        while first < listed:
-            index = first + tl.arange(0, TILE_ROWS)
-            token = tl.load(tokens + list_start + index, mask=index < listed, other=-1)
-            slot = tl.load(slots + list_start + index, mask=index < listed, other=-1)
-            live = (token >= 0) & (slot >= 0) & (slot < capacity)
-            address = row_address(addresses, b, h, token, live, layer, heads, segments, SEGMENT_TOKENS, ROW_WORDS * 4)
-            copied = (address != 0)[:, None] & (word < ROW_WORDS)[None, :]
-            source = address.to(tl.pointer_type(tl.int32))[:, None] + word[None, :]
-            target = out_rows + (slot * stride_slot)[:, None] + word[None, :]
-            # Loaded addresses carry no alignment the compiler could see; without the hint it copies word by word.
-            source = tl.multiple_of(source, [1, ALIGNMENT])
-            target = tl.multiple_of(target, [1, ALIGNMENT])
-            tl.store(target, tl.load(source, mask=copied, other=0), mask=copied)
-            first += parts * TILE_ROWS
-            copied_tiles += 1
-        unit += tl.num_programs(0)
-    if TIMED:
-        # Every store is on its way before the time is taken: loads from the host were waited for.
-        tl.debug_barrier()
-        if copied_tiles > 0:
-            tl.atomic_min(timer + tl.arange(0, 1), began)
-            tl.atomic_max(timer + 1 + tl.arange(0, 1), tl.zeros([1], tl.int64) + tl.extra.cuda.globaltimer())
+    return GatherLaunch(min(64, pairs * -(-kept // tile_rows)), tile_rows, warps=4)
 
 
 def row_alignment(words: Tensor) -> int:
@@ -142,7 +73,7 @@ def gather_rows(
             has no segment, or a slot outside `out`. On CUDA, where checking would wait
             for the device, such an entry is skipped.
     """
-    _check_gather(table, layer, tokens, slots, out, counts, timer)
+    check_gather(table, layer, tokens, slots, out, counts, timer)
     words = out.view(*out.shape[:3], 2 * out.shape[4]).view(torch.int32)
     if out.is_cuda:
         with launching(out.device, "gather_rows"):
@@ -178,7 +109,7 @@ def _launch(
     if tokens.numel() == 0:
         return
     launch = gather_launch(batch * heads, kept, 4 * words.shape[3])
-    _gather_kernel[(launch.programs,)](
+    gather_kernel[(launch.programs,)](
         table.addresses,
         tokens.contiguous(),
         slots.contiguous(),
@@ -186,7 +117,6 @@ def _launch(
         words,
         timer,
         batch * heads,
-        launch.parts,
         layer,
         heads,
         kept,
@@ -197,6 +127,7 @@ def _launch(
         words.stride(2),
         COUNTED=counts is not None,
         TIMED=timer is not None,
+        PAIRS_PAD=power_of_two(batch * heads),
         SEGMENT_TOKENS=table.segment_tokens,
         ROW_WORDS=words.shape[3],
         WORDS_PAD=power_of_two(words.shape[3]),
@@ -216,7 +147,7 @@ def gather_rows_reference(
     timer: Tensor | None = None,
 ) -> Tensor:
     """`gather_rows` in torch: per sequence and segment one flat `index_select`. Waits for the device; times nothing."""
-    _check_gather(table, layer, tokens, slots, out, counts, timer)
+    check_gather(table, layer, tokens, slots, out, counts, timer)
     tokens = _listed(tokens, counts)
     size = table.segment_tokens
     kv_heads, capacity, dim = out.shape[1], out.shape[2], out.shape[4]
@@ -238,7 +169,7 @@ def gather_rows_reference(
     return out
 
 
-def _check_gather(
+def check_gather(
     table: SegmentTable,
     layer: int,
     tokens: Tensor,
@@ -247,6 +178,7 @@ def _check_gather(
     counts: Tensor | None,
     timer: Tensor | None,
 ) -> None:
+    """Raise ValueError unless shapes, dtypes and devices are those of `gather_rows`."""
     if out.dim() != 5 or out.shape[3] != 2 or out.stride()[3:] != (out.shape[4], 1):
         raise ValueError(f"out {tuple(out.shape)} must be [B, Hkv, C, 2, D] with contiguous rows")
     batch, kv_heads, _, _, dim = out.shape

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ds_offload.kernels.arriving import Arriving
 from ds_offload.kernels.gather import gather_rows
 from ds_offload.kernels.slot_attention_launch import (
     Partials,
@@ -22,7 +23,12 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def slot_attention(
-    query: Tensor, rows: Tensor | StoredRows, slots: Tensor, scaling: float, out: Tensor | None = None
+    query: Tensor,
+    rows: Tensor | StoredRows,
+    slots: Tensor,
+    scaling: float,
+    out: Tensor | None = None,
+    arriving: Arriving | None = None,
 ) -> Tensor:
     """Exact softmax attention over the rows that `slots` names.
 
@@ -39,6 +45,8 @@ def slot_attention(
             each head is not skipped.
         scaling: Factor of the scores, 1 / sqrt(D) as a rule.
         out: [B, H, D] of the query's dtype, contiguous.
+        arriving: Rows that are copied into `rows`, a tensor, before they are read. On CUDA the same
+            launch copies them, and heads whose rows are there do not wait for those of others.
 
     Returns:
         [B, H, D] in the query's dtype: `out` if given; every element is written.
@@ -49,10 +57,14 @@ def slot_attention(
             slot is skipped, and the head's result is NaN.
     """
     out = _checked_out(query, rows, slots, out)
+    if arriving is not None:
+        arriving.check(rows)
     if query.is_cuda:
         with launching(query.device, "slot_attention"):
-            _launch(query, rows, slots, scaling, out)
+            _launch(query, rows, slots, scaling, out, arriving)
         return out
+    if arriving is not None:
+        arriving.fetch(rows)
     if isinstance(rows, StoredRows):
         rows, slots = _gathered_store(rows, slots)
     _check_slots(rows, slots)
@@ -85,13 +97,20 @@ def _gathered_store(rows: StoredRows, slots: Tensor) -> tuple[Tensor, Tensor]:
     return gathered, torch.where(slots >= 0, places, -1)
 
 
-def _launch(query: Tensor, rows: Tensor | StoredRows, slots: Tensor, scaling: float, out: Tensor) -> None:
+def _launch(
+    query: Tensor,
+    rows: Tensor | StoredRows,
+    slots: Tensor,
+    scaling: float,
+    out: Tensor,
+    arriving: Arriving | None = None,
+) -> None:
     if query.numel() == 0:
         return
     group = query.shape[1] // slots.shape[1]
     launch = slot_attention_launch(group, query.shape[2], query.dtype, rows.dtype)
     partials = Partials.empty(query, -(-slots.shape[2] // launch.split))
-    launch_partials(query, rows, slots.contiguous(), scaling, partials, first=0, launch=launch)
+    launch_partials(query, rows, slots.contiguous(), scaling, partials, 0, launch, arriving)
     launch_combine(partials, out)
 
 

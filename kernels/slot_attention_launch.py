@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_offload.kernels.arriving import Arriving, fetch_arguments
 from ds_offload.kernels.segment_table import SegmentTable
 from ds_offload.kernels.slot_attention_kernels import combine_kernel, tensor_core_kernel, vector_kernel
 from ds_offload.kernels.triton_runtime import power_of_two, tl
 
+# Of heads without a group: entries of the slots list per program, and how far loads run ahead.
+SPLIT = 256
+STAGES = 2
 # Splits and channels that a program of the second kernel combines at a time: 16 float32 registers a thread,
 # and enough programs to spread a few dozen heads over the multiprocessors.
 COMBINE_SPLITS = 32
@@ -63,8 +67,8 @@ def slot_attention_launch(
     if tensor_cores:
         heads, tile = (16 if group <= 16 else 32), max(32, min(64, 16384 // row_bytes))
         return SlotAttentionLaunch(True, heads, split=128, tile=tile, warps=4, stages=5)
-    split, tile = (256 if group == 1 else 128), max(8, min(64, 8192 // row_bytes))
-    return SlotAttentionLaunch(False, 1, split=split, tile=tile, warps=2, stages=2)
+    split, tile = (SPLIT if group == 1 else 128), max(8, min(64, 8192 // row_bytes))
+    return SlotAttentionLaunch(False, 1, split=split, tile=tile, warps=2, stages=STAGES)
 
 
 @dataclass(frozen=True)
@@ -122,11 +126,13 @@ def launch_partials(
     partials: Partials,
     first: int,
     launch: SlotAttentionLaunch,
+    arriving: Arriving | None = None,
 ) -> None:
     """Attention over the splits of `slots`, left in `partials` from split `first` on; CUDA, every argument checked.
 
     Args:
         slots: As for `slot_attention`; the lists of heads may lie apart, each contiguous.
+        arriving: What must be fetched into `rows`, a tensor, before it is read.
     """
     batch, heads, head_dim = query.shape
     count = slots.shape[2]
@@ -140,7 +146,9 @@ def launch_partials(
         alignment, strides = row_alignment(rows), (rows.stride(0), rows.stride(1), rows.stride(2))
     group = heads // kv_heads
     kernel, shared = (tensor_core_kernel, {"HEADS": launch.heads}) if launch.tensor_cores else (vector_kernel, {})
-    kernel[(-(-count // launch.split), batch * kv_heads, -(-group // launch.heads))](
+    splits, pairs = -(-count // launch.split), batch * kv_heads
+    fetch, constants, fetchers = fetch_arguments(arriving, rows)
+    kernel[(fetchers + splits * pairs * -(-group // launch.heads),)](
         query,
         source,
         slots,
@@ -156,6 +164,9 @@ def launch_partials(
         segments,
         partials.splits,
         first,
+        splits,
+        pairs,
+        *fetch,
         SEGMENT_TOKENS=segment_tokens,
         ELEMENT=getattr(tl, str(rows.dtype).removeprefix("torch.")),
         G=group,
@@ -165,6 +176,7 @@ def launch_partials(
         TILE=launch.tile,
         STAGES=launch.stages,
         ALIGNMENT=alignment,
+        **constants,
         **shared,
         num_warps=launch.warps,
     )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ds_offload.kernels.admit import admit_tokens
-from ds_offload.kernels.admit_state import AdmitState
+from ds_offload.kernels.admit_state import AdmitResult, AdmitState
+from ds_offload.kernels.arriving import Arriving
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.window import AttentionWindow
 from ds_offload.memory.window_buffer import WindowBuffer
@@ -117,10 +118,37 @@ class HotSet:
         Returns:
             The tokens' places in the layer's rows, `[B, Hkv, K]` int64, -1 for padding.
         """
+        result = self._admit(layer, tokens, places, counts, attended)
+        rows = self._rows[layer]
+        self._store.gather(layer, result.missing, result.missing_places, rows, result.moved, timer)
+        return result.places
+
+    def admit_arriving(
+        self, layer: int, tokens: Tensor, *, places: Tensor, counts: Tensor | None = None, timer: Tensor | None = None
+    ) -> Arriving | None:
+        """`admit`, but for the rows: attention over `places` fetches them, the next that is done to the layer's rows.
+
+        Returns:
+            What it must be given; None where the rows are there.
+        """
+        return self.arriving(layer, self._admit(layer, tokens, places, counts, True), timer)
+
+    def arriving(self, layer: int, admitted: AdmitResult, timer: Tensor | None) -> Arriving | None:
+        """The gather of what is missing, still to be done; None where it is done: of a staged store, by the host."""
+        lists = admitted.missing, admitted.missing_places
+        if self._store.staged:
+            self._store.gather(layer, *lists, self._rows[layer], admitted.moved, timer)
+            return None
+        stored = self._store.stored_rows(layer)
+        return Arriving(stored.table, stored.layer, *lists, admitted.moved, admitted.progress, timer)
+
+    def _admit(
+        self, layer: int, tokens: Tensor, places: Tensor | None, counts: Tensor | None, attended: bool
+    ) -> AdmitResult:
         number = self._admitted[layer]
         assert number < len(self._stamps), f"layer {layer} has had {number} admissions since its step began"
         self._admitted[layer] += 1
-        result = admit_tokens(
+        return admit_tokens(
             self._state[layer],
             tokens,
             self._stamps[number],
@@ -130,9 +158,6 @@ class HotSet:
             counts=counts,
             attended=attended,
         )
-        rows = self._rows[layer]
-        self._store.gather(layer, result.missing, result.missing_places, rows, result.moved, timer)
-        return result.places
 
     def rows(self, layer: int) -> Tensor:
         """The layer's rows `[B, Hkv, C, 2, D]`, the window's in front; only places that were filled hold numbers."""

@@ -234,8 +234,9 @@ def _cuda_step(shape: CacheShape) -> int:
     splits = -(-(forced + shape.most_kept) // split)
     if shape.layout is not None:
         splits = -(-forced // window_launch(group, shape.head_dim, shape.dtype, shape.kv_dtype).split)
-        splits += -(-shape.most_kept // coded_attention_launch(group, shape.head_dim, shape.dtype).split)
-    attention = sequences * heads * splits * (shape.head_dim + 2) * 4
+        splits += -(-shape.most_kept // coded_attention_launch(group, shape.layout, shape.dtype).split)
+    # Beside the splits' parts the lists of what attention fetches, and its counters.
+    attention = sequences * heads * splits * (shape.head_dim + 2) * 4 + 2 * tokens + 128 * (rows + 1)
     # The result of an admission and its scratch memory are four times the tokens.
     selection = scores + tokens + max(weighing, selecting, 4 * tokens)
     step = max(selection, attention)

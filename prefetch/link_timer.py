@@ -20,7 +20,7 @@ class LinkTime:
         busy: From the first row's copy to the last's, of prefetched rows and of those
             fetched in line.
         stall: Of the compute stream: rows fetched in line, and waiting for the prefetch
-            stream.
+            stream. At most so much: attention to heads whose rows are there goes on meanwhile.
     """
 
     busy: list[int]

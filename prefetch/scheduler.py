@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ds_offload.kernels.arriving import Arriving
 from ds_offload.kernels.slot_attention_launch import StoredRows
 from ds_offload.memory.hot_set import HotSet
 from ds_offload.memory.kv_store import KVStore
@@ -32,11 +33,13 @@ class Kept:
             the window (sinks, then recent, the current one last) and within the rest.
             Where rows are quantised, those of the window are into the window's own rows.
         selected_by: The query `[B, H, D]` that selected: the layer's own, or a predicted one.
+        arriving: Rows that attention fetches itself; None where all are there.
     """
 
     rows: Tensor | StoredRows
     places: Tensor
     selected_by: Tensor
+    arriving: Arriving | None = None
 
 
 class PrefetchScheduler:
@@ -52,9 +55,10 @@ class PrefetchScheduler:
       first layer has no layer before it and is done in line.
     - "off": everything in line.
 
-    Exact and off attend to the same tokens. Layers read and fill rows of their own, so
-    the prefetch stream fills one layer's while another attends over its own. With the
-    store on the device there is nothing to fetch: attention reads the store.
+    Rows in line are fetched by the launch that attends to them (`Kept.arriving`). Exact and
+    off attend to the same tokens. Layers read and fill rows of their own, so the prefetch
+    stream fills one layer's while another attends over its own. With the store on the
+    device there is nothing to fetch: attention reads the store.
 
     Hand-overs (see `Streams`): `start` runs on the prefetch stream behind `hidden` and
     records `selection` and `gather`, for which `keep` waits. The look-ahead runs there
@@ -150,7 +154,7 @@ class PrefetchScheduler:
     def keep(self, layer: int, query: Tensor) -> Kept:
         """The rows that `layer`'s query `[B, H, D]` attends to."""
         assert self._places is not None, "begin() comes before a step's layers"
-        started, selected_by = self._started.pop(layer, None), query
+        started, selected_by, arriving = self._started.pop(layer, None), query, None
         if started is not None:
             predicted, selected_by = started
             self.timer.ready(layer)
@@ -159,12 +163,13 @@ class PrefetchScheduler:
             if self._hot_set is None:
                 self._selected_places(layer).copy_(predicted)
         else:
-            self._select(layer, query)
+            arriving = self._select(layer, query)
         rows = self._hot_set.rows(layer) if self._hot_set is not None else self._store.stored_rows(layer)
-        return Kept(rows, self._places[layer % 2], selected_by)
+        return Kept(rows, self._places[layer % 2], selected_by, arriving)
 
-    def _select(self, layer: int, query: Tensor) -> None:
-        """Select and fetch in line; in exact mode look ahead behind that."""
+    def _select(self, layer: int, query: Tensor) -> Arriving | None:
+        """Select in line, and give back what attention is to fetch; in exact mode look ahead behind that."""
+        arriving: Arriving | None = None
         step, hot_set = self._current_step(), self._hot_set
         with self._streams.producing("admitted", layer):
             selection = self.selector.select(layer, query, step)
@@ -173,14 +178,15 @@ class PrefetchScheduler:
                 places.copy_(selection.tokens)
             elif selection.tokens.shape[2]:
                 counts, timer = self._counts[layer], self.timer.in_line(layer)
-                hot_set.admit(layer, selection.tokens, places=places, counts=counts, timer=timer)
+                arriving = hot_set.admit_arriving(layer, selection.tokens, places=places, counts=counts, timer=timer)
                 if hot_set.reuse:
                     self._compared.add(layer)
         if hot_set is None or self._mode != "exact" or not hot_set.reuse or selection.scores is None:
-            return
+            return arriving
         width = min(hot_set.capacity, step.most_kept + step.most_kept // LOOK_AHEAD_PART)
         if width > step.most_kept:
             self._look_ahead(layer, selection, width)
+        return arriving
 
     def _look_ahead(self, layer: int, selection: Selection, width: int) -> None:
         step, hot_set, streams = self._current_step(), self._hot_set, self._streams

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from ds_offload.bench.selections import ReplayedSelections, ReplaySelector
 from ds_offload.config import OffloadConfig
 from ds_offload.decoder import DecoderStack
 from ds_offload.errors import InputError
+from ds_offload.kernels.admit_state import AdmitResult
+from ds_offload.kernels.arriving import Arriving
 from ds_offload.kv_context import KVContext
 
 # 2 ** 32 over the golden ratio: its multiples are spread evenly over every range.
@@ -49,29 +51,31 @@ def _shuffle_rows(decoder: DecoderStack, context: KVContext) -> None:
     Entry i of a list of n takes the place of entry i * p mod n, p a prime: a permutation
     for every n, of which the device alone knows how large it is. It costs four launches a gather.
     """
-    gather = context.store.gather
+    assert context.hot_set is not None, "the store is on the host"
+    gather, arriving = context.store.gather, context.hot_set.arriving
     # Made here, in front of every stream's first use of it.
     multiples = SHUFFLE_PRIME * torch.arange(context.most_kept, device=context.store.device)
 
-    def shuffled(
-        layer: int,
-        tokens: Tensor,
-        slots: Tensor,
-        out: Tensor,
-        counts: Tensor | None = None,
-        timer: Tensor | None = None,
+    def gather_shuffled(
+        layer: int, tokens: Tensor, slots: Tensor, out: Tensor, counts: Tensor, timer: Tensor | None
     ) -> None:
-        width = tokens.shape[-1]
-        listed = torch.full(tokens.shape[:-1], width, device=tokens.device) if counts is None else counts
-        order = multiples[:width] % listed.clamp(min=1)[..., None]
+        order = multiples[: tokens.shape[-1]] % counts.clamp(min=1)[..., None]
         gather(layer, tokens.gather(-1, order), slots.gather(-1, order), out, counts, timer)
 
-    context.store.gather = shuffled  # type: ignore[method-assign]
+    def arriving_shuffled(layer: int, admitted: AdmitResult, timer: Tensor | None) -> Arriving | None:
+        order = multiples[: admitted.missing.shape[-1]] % admitted.moved.clamp(min=1)[..., None]
+        lists = {name: getattr(admitted, name).gather(-1, order) for name in ("missing", "missing_places")}
+        return arriving(layer, replace(admitted, **lists), timer)
+
+    context.store.gather = gather_shuffled  # type: ignore[assignment, method-assign]
+    context.hot_set.arriving = arriving_shuffled  # type: ignore[method-assign]
 
 
 def _fetch_nothing(decoder: DecoderStack, context: KVContext) -> None:
     """Everything but the copies: what would remain with a link of no cost."""
-    context.store.gather = lambda *_, **__: None  # type: ignore[method-assign]
+    context.store.gather = lambda *_: None  # type: ignore[method-assign]
+    assert context.hot_set is not None, "the store is on the host"
+    context.hot_set.arriving = lambda *_: None  # type: ignore[method-assign]
 
 
 def _launch_eagerly(decoder: DecoderStack, context: KVContext) -> None:

@@ -31,7 +31,7 @@ def test_kernel_equals_the_reference(kv_heads: int, dim: int, dtype: torch.dtype
 
 
 def test_programs_share_the_rows_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "gather_launch", lambda pairs, kept, row_bytes: GatherLaunch(3, 2, 4, 4))
+    monkeypatch.setattr(gather, "gather_launch", lambda pairs, kept, row_bytes: GatherLaunch(3, 4, 4))
     table = store([4], 25, 2, 8, torch.float32)
     tokens = torch.arange(0, 94, 2).expand(1, 2, 47)
     slots = torch.arange(47).flip(0).expand(1, 2, 47)

@@ -10,7 +10,7 @@ import torch
 from coded_attention_case import CodedCase, make_case
 
 from ds_offload.kernels.coded_attention import coded_attention, coded_attention_launch, coded_attention_reference
-from ds_offload.kernels.kv_codec import RowCode, decode_rows_reference
+from ds_offload.kernels.kv_codec import RowCode, RowLayout, decode_rows_reference
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TOLERANCE = {F32: {"rtol": 1e-4, "atol": 1e-4}, F16: {"rtol": 5e-3, "atol": 5e-3}, BF16: {"rtol": 3e-2, "atol": 3e-2}}
@@ -70,8 +70,9 @@ def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str) -> Non
 
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize(("group", "dim"), [(1, 16), (1, 256), (4, 64), (4, 128), (17, 80)])
-def test_launches(group: int, dim: int, dtype: torch.dtype) -> None:
-    launch = coded_attention_launch(group, dim, dtype)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_launches(bits: int, group: int, dim: int, dtype: torch.dtype) -> None:
+    launch = coded_attention_launch(group, RowLayout(bits, dim), dtype)
     assert launch.split % launch.tile == 0 and launch.tile & (launch.tile - 1) == 0
     assert launch.tensor_cores == (group > 1 and dtype is F16)
 

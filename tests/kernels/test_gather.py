@@ -151,7 +151,6 @@ def test_entries_behind_the_counts_are_not_looked_at(gather: Callable) -> None:
 def test_launch_covers_every_row_with_few_programs(pairs: int, kept: int, row_bytes: int) -> None:
     launch = gather_launch(pairs, kept, row_bytes)
     assert 1 <= launch.programs <= min(64, pairs * kept)
-    assert launch.parts >= 1 and launch.programs <= pairs * launch.parts
     assert launch.tile_rows & (launch.tile_rows - 1) == 0
 
 
