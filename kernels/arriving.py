@@ -12,6 +12,9 @@ from ds_offload.kernels.gather import check_gather, gather_launch, gather_rows, 
 from ds_offload.kernels.segment_table import SegmentTable
 from ds_offload.kernels.triton_runtime import power_of_two
 
+# What a copying program has in flight: as much as 64 need, and little, so that the first heads are complete early.
+TILE_BYTES = 8192
+
 
 @dataclass(frozen=True)
 class Arriving:
@@ -72,7 +75,7 @@ def fetch_arguments(arriving: Arriving | None, rows: Any) -> tuple[tuple[Any, ..
         return (*(None,) * 6, 0, 0, 0), constants, 0
     batch, heads, kept = arriving.tokens.shape
     words = rows.view(*rows.shape[:3], 2 * rows.shape[4]).view(torch.int32)
-    launch = gather_launch(batch * heads, kept, 4 * words.shape[3])
+    launch = gather_launch(batch * heads, kept, 4 * words.shape[3], TILE_BYTES)
     constants |= {
         "FETCHERS": launch.programs,
         "TIMED": arriving.timer is not None,

@@ -21,14 +21,14 @@ class GatherLaunch:
     warps: int
 
 
-def gather_launch(pairs: int, kept: int, row_bytes: int) -> GatherLaunch:
+def gather_launch(pairs: int, kept: int, row_bytes: int, tile_bytes: int = 16384) -> GatherLaunch:
     """The launch for lists of `kept` entries of `pairs` sequences and KV heads, each at least 1.
 
     64 programs of 4 warps saturate a PCIe 5 x16 link (32 nearly do) and leave the other
-    multiprocessors to the compute stream. A program has about 16 KiB in flight, so that
+    multiprocessors to the compute stream. A program has about `tile_bytes` in flight, so that
     all of them cover the link's latency.
     """
-    tile_rows = max(1, 16384 // (4 * power_of_two(row_bytes // 4)))
+    tile_rows = max(1, tile_bytes // (4 * power_of_two(row_bytes // 4)))
     return GatherLaunch(min(64, pairs * -(-kept // tile_rows)), tile_rows, warps=4)
 
 

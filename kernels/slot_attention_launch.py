@@ -19,7 +19,7 @@ SPLIT = 256
 STAGES = 2
 # Splits and channels that a program of the second kernel combines at a time: 16 float32 registers a thread,
 # and enough programs to spread a few dozen heads over the multiprocessors.
-COMBINE_SPLITS = 32
+COMBINE_SPLITS = 64
 COMBINE_CHANNELS = 64
 
 
