@@ -26,9 +26,9 @@ from ds_offload.kernels.sparse_attention import sparse_attention, sparse_attenti
 from ds_offload.kernels.triton_runtime import launching, power_of_two
 
 # Without tensor cores: rows read at a time, entries of the list per program, how far loads run ahead.
-TILE = {8: 32, 4: 32}
-SPLIT = {8: 256, 4: 256}
-STAGES = {8: 2, 4: 2}
+TILE = {8: 32, 4: 16}
+SPLIT = {8: 256, 4: 128}
+STAGES = {8: 2, 4: 4}
 
 
 def coded_attention_launch(group: int, layout: RowLayout, query_dtype: torch.dtype) -> SlotAttentionLaunch:

@@ -26,7 +26,7 @@ def coded_vector_kernel(
     FETCHERS: tl.constexpr, TIMED: tl.constexpr, PAIRS_PAD: tl.constexpr, FETCH_SEGMENT: tl.constexpr,
     ROW_WORDS: tl.constexpr, WORDS_PAD: tl.constexpr, FETCH_TILE: tl.constexpr, FETCH_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """One split of one head, multiplied without tensor cores; see `vector_kernel`."""
+    """One split of one head, multiplied without tensor cores; see `slot_vector_kernel`."""
     program = begin_program(progress, pairs, FETCHERS)
     if FETCHERS > 0:
         fetch_rows(
@@ -102,7 +102,7 @@ def coded_tensor_core_kernel(
     FETCHERS: tl.constexpr, TIMED: tl.constexpr, PAIRS_PAD: tl.constexpr, FETCH_SEGMENT: tl.constexpr,
     ROW_WORDS: tl.constexpr, WORDS_PAD: tl.constexpr, FETCH_TILE: tl.constexpr, FETCH_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """One split of up to HEADS query heads of a KV head, on the tensor cores; see `tensor_core_kernel`."""
+    """One split of up to HEADS query heads of a KV head, on the tensor cores; see `slot_tensor_core_kernel`."""
     program = begin_program(progress, pairs, FETCHERS)
     if FETCHERS > 0:
         fetch_rows(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ds_offload.kernels.skinny_linear_kernels import tensor_core_kernel, vector_kernel
+from ds_offload.kernels.skinny_linear_kernels import linear_tensor_core_kernel, linear_vector_kernel
 from ds_offload.kernels.triton_runtime import launching, power_of_two
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -175,7 +175,9 @@ def _launch(
     sizes = [*_sizes(weights[:1] if gated else weights), 0, 0][:MAX_WEIGHTS]
     blocks = sum(-(-size // launch.block_m) for size in sizes)
     extra: dict[str, Any] = {"COLUMNS": launch.columns, "SPLITS": launch.warps} if launch.tensor_cores else {}
-    kernel, programs = (tensor_core_kernel, blocks) if launch.tensor_cores else (vector_kernel, blocks * n)
+    kernel, programs = (
+        (linear_tensor_core_kernel, blocks) if launch.tensor_cores else (linear_vector_kernel, blocks * n)
+    )
     kernel[(programs,)](
         x,
         *[*weights, *absent][:MAX_WEIGHTS],

@@ -86,7 +86,7 @@ def finish(
 
 
 @jit(do_not_specialize=["n", "eps"])
-def tensor_core_kernel(
+def linear_tensor_core_kernel(
     x,
     w0,
     w1,
@@ -157,7 +157,7 @@ def tensor_core_kernel(
 
 
 @jit(do_not_specialize=["n", "eps"])
-def vector_kernel(
+def linear_vector_kernel(
     x,
     w0,
     w1,

@@ -79,7 +79,7 @@ def finite_peak(peak):
 
 
 @jit(do_not_specialize=NUMBERS)
-def vector_kernel(
+def slot_vector_kernel(
     query, rows, slots, partial, stats, scale, kv_heads, count, slots_stride, capacity,
     stride_b, stride_h, stride_row, layer, segments, splits, first_split,
     list_splits, pairs, addresses, missing, missing_slots, missing_counts, progress, timer,
@@ -153,7 +153,7 @@ def vector_kernel(
 
 
 @jit(do_not_specialize=NUMBERS)
-def tensor_core_kernel(
+def slot_tensor_core_kernel(
     query, rows, slots, partial, stats, scale, kv_heads, count, slots_stride, capacity,
     stride_b, stride_h, stride_row, layer, segments, splits, first_split,
     list_splits, pairs, addresses, missing, missing_slots, missing_counts, progress, timer,

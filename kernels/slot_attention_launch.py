@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ds_offload.kernels.arriving import Arriving, fetch_arguments
 from ds_offload.kernels.segment_table import SegmentTable
-from ds_offload.kernels.slot_attention_kernels import combine_kernel, tensor_core_kernel, vector_kernel
+from ds_offload.kernels.slot_attention_kernels import combine_kernel, slot_tensor_core_kernel, slot_vector_kernel
 from ds_offload.kernels.triton_runtime import power_of_two, tl
 
 # Of heads without a group: entries of the slots list per program, and how far loads run ahead.
-SPLIT = 256
-STAGES = 2
-# Splits and channels that a program of the second kernel combines at a time: 16 float32 registers a thread,
+SPLIT = 128
+STAGES = 3
+# Splits and channels that a program of the second kernel combines at a time: 32 float32 registers a thread,
 # and enough programs to spread a few dozen heads over the multiprocessors.
 COMBINE_SPLITS = 64
 COMBINE_CHANNELS = 64
@@ -57,10 +57,11 @@ def slot_attention_launch(
     they would cut, one head per program.
 
     On the tensor cores a tile is 16 KiB of K and V, and the stages keep two tiles in flight
-    besides the slots of the next. Heads without a group are many and give enough programs
-    in splits of 256 rows (32 heads and 8,192 slots: 1,024); groups have fewer KV heads: 128
-    rows. Of 96 launches for 32 heads, 8,261 slots and 128 channels of bfloat16 (H100), tiles
-    of 8 KiB and two warps were the fastest without tensor cores, 56.4 us.
+    besides the slots of the next; groups have few KV heads, so a split is 128 rows. Without
+    tensor cores tiles of 8 KiB and two warps were the fastest of 96 launches for 32 heads,
+    8,261 slots and 128 channels of bfloat16 (H100), in splits of 256 rows. Splits of 128 take
+    4 % longer, and end earlier after the last of a step's missing rows has come: 76 us instead
+    of 85 where 125 of 8,192 rows a head are missing.
     """
     tensor_cores = group > 1 and query_dtype == rows_dtype and query_dtype.itemsize == 2
     row_bytes = 2 * rows_dtype.itemsize * power_of_two(head_dim)
@@ -145,7 +146,9 @@ def launch_partials(
         kv_heads, capacity, source = rows.shape[1], rows.shape[2], rows
         alignment, strides = row_alignment(rows), (rows.stride(0), rows.stride(1), rows.stride(2))
     group = heads // kv_heads
-    kernel, shared = (tensor_core_kernel, {"HEADS": launch.heads}) if launch.tensor_cores else (vector_kernel, {})
+    kernel, shared = (
+        (slot_tensor_core_kernel, {"HEADS": launch.heads}) if launch.tensor_cores else (slot_vector_kernel, {})
+    )
     splits, pairs = -(-count // launch.split), batch * kv_heads
     fetch, constants, fetchers = fetch_arguments(arriving, rows)
     kernel[(fetchers + splits * pairs * -(-group // launch.heads),)](

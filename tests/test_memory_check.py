@@ -124,12 +124,12 @@ def test_the_smallest_change_is_named(tmp_path: Path) -> None:
     save_tiny(tmp_path, tiny_config("llama"))
     config = OffloadConfig(max_context=8192, token_budget="1/4", hot_set=4, kv_dtype="fp32")
     with OffloadedGenerator.from_pretrained(str(tmp_path), config=config, device="cpu") as gen:
-        wanted = dataclasses.replace(gen.config, hot_set=1.25)
+        wanted = dataclasses.replace(gen.config, hot_set=1.2)
         short = plan_request(gen.loaded.source, wanted, [1000], [4000], cuda=False)
         gen.config = dataclasses.replace(gen.config, host_memory=short.gpu_total + short.host_kv)
-        with pytest.raises(MemoryPlanError, match=r"--hot-set 1\.25 makes it fit"):
+        with pytest.raises(MemoryPlanError, match=r"--hot-set 1\.2 makes it fit"):
             check_request(gen.loaded, gen.config, [1000], [4000])
-        check_request(gen.loaded, dataclasses.replace(gen.config, hot_set=1.25), [1000], [4000])
+        check_request(gen.loaded, dataclasses.replace(gen.config, hot_set=1.2), [1000], [4000])
 
 
 @pytest.mark.gpu

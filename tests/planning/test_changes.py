@@ -99,7 +99,7 @@ def test_changes_make_it_fit(seed: int) -> None:
     ("gpu", "host", "batch", "expected"),
     [
         # A hot set of twice the budget is about a tenth of it all.
-        (0.97, 1, 1, ["--hot-set 1.25"]),
+        (0.97, 1, 1, ["--hot-set 1.3"]),
         (0.955, 1, 1, ["--hot-set 1"]),
         (0.93, 1, 1, ["--kv-dtype int8"]),
         (1, 0.9, 1, ["--kv-dtype int8"]),
