@@ -148,7 +148,7 @@ class KVContext(ContextStores):
             self.streams.join()
 
     def write_prompt(self, layer: int, sequence: int, rows: Tensor, *, start: int, staging: int) -> None:
-        """Take rows `[Hkv, n, 2, D]` of tokens `start` to `start + n`, made as the hand-over `kv` of that layer.
+        """Take rows `[Hkv, n, 2, D]` of tokens `start` to `start + n`, made as the hand-over `leaving` of that layer.
 
         `rows` may be overwritten behind the hand-over `prompt_rows` of index `staging`.
         """
@@ -159,7 +159,7 @@ class KVContext(ContextStores):
             self.window_buffer.fill(layer, sequence, rows, start)
         streams = self.streams
         with streams.on("writer"):
-            streams.wait("kv", layer)
+            streams.wait("leaving", layer)
             with streams.producing("prompt_rows", staging):
                 stored = rows if self.codec is None else self.codec.encode_prompt(layer, rows)
                 self.store.write_prompt(layer, sequence, start, stored)

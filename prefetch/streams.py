@@ -41,7 +41,8 @@ class Streams:
     - `rows`: K/V of a layer's new token; made on compute, read by the writer, with those of layers before.
     - `label`: its product code; made by the writer, read in later steps.
     - `host_write`: the same rows in the host's store; made by the writer, read in later steps.
-    - `kv`: a prompt layer's K/V; made on compute, read by the writer.
+    - `kv`: a prompt layer's K/V; made on compute, in front of what prefetch reads back for it.
+    - `leaving`: the same when they have been attended to; made on compute, read by the writer.
     - `prompt_rows`: a prompt layer's rows in the store; made by the writer, waited for
       before the staging buffer is filled again. Those of the last layers are waited for by `join`.
     - `stored`: a block of rows read back from the store; made on prefetch, attended to on compute.

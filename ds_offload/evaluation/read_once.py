@@ -164,7 +164,7 @@ def copy_prompt(target: KVContext, source: KVContext, tokens: int) -> None:
     synchronize(source)
     for layer in range(source.layers):
         dtype, shape = source.stored_as(layer, tokens)
-        with target.streams.producing("kv", layer):
+        with target.streams.producing("leaving", layer):
             rows = torch.empty(shape, dtype=dtype, device=source.store.device)
             source.read_rows(layer, 0, 0, rows)
         target.write_prompt(layer, 0, target.streams.lend(rows, "writer"), start=0, staging=layer % 2)

@@ -16,7 +16,7 @@ from ds_offload.prefetch.streams import Faults, Streams
 SLOW = 60_000_000
 NEW = 5
 
-PRODUCERS = ["hidden", "selection", "gather", "rows", "label", "host_write", "kv", "prompt_rows"]
+PRODUCERS = ["hidden", "selection", "gather", "rows", "label", "host_write", "kv", "leaving", "prompt_rows"]
 
 # Where each wait is what keeps the output right: (prefetch, kv_location, budget, hand-overs to take out, producer to
 # delay). Steps run eagerly here: a captured graph refuses a fork without its event, and its replays are ordered anyway.
@@ -28,7 +28,7 @@ NEEDED = [
     ("off", "host", "1/1", {"step"}, "host_write"),
     ("off", "gpu", 24, {"step"}, "label"),
     ("off", "host", 24, {"step"}, "prompt_rows"),
-    ("off", "host", 24, {"kv"}, "kv"),
+    ("off", "host", 24, {"leaving"}, "kv"),
     ("off", "host", 24, {"prompt_rows"}, "prompt_rows"),
     ("off", "gpu", 24, {"prompt_rows"}, "prompt_rows"),
 ]
