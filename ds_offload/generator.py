@@ -140,10 +140,11 @@ class OffloadedGenerator(CallPlanner):
                 checkpoint that is not this prefill's.
         """
         prompts = list(prompt) if is_batch(prompt) else [prompt]
-        sequences = self._sequences(prompts, SamplingParams(**sampling))
+        params = SamplingParams(**sampling)
+        sequences = self._sequences(prompts, params)
         kept = self._checkpoint(checkpoint, sequences)
         statistics = RunStatistics(self.decoder, self.config)
-        with StepTrace(trace, self.decoder.device) as steps:
+        with StepTrace(trace, self.decoder.device, params.max_new_tokens) as steps:
             for _ in self._run(sequences, statistics, output_logits, on_progress, steps, kept):
                 pass
         monitored = statistics.summary()["monitor"]
@@ -187,9 +188,11 @@ class OffloadedGenerator(CallPlanner):
         """
         if is_batch(prompt):
             raise InputError("stream takes one prompt, and a batch was given; use generate for a batch")
-        sequence = self._sequences([prompt], SamplingParams(**sampling))[0]
+        params = SamplingParams(**sampling)
+        sequence = self._sequences([prompt], params)[0]
         kept = self._checkpoint(checkpoint, [sequence])
-        return self._stream(sequence, on_progress, StepTrace(trace, self.decoder.device), kept)
+        steps = StepTrace(trace, self.decoder.device, params.max_new_tokens)
+        return self._stream(sequence, on_progress, steps, kept)
 
     def _stream(
         self,

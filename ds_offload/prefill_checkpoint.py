@@ -85,6 +85,25 @@ class PrefillIdentity:
         return cls(digest, fingerprint(model), dtype_name(model.dtype), kv_dtype, rope, caches, len(ids), layers)
 
 
+def check_checkpoint_folder(folder: Path) -> None:
+    """Make the folder of a checkpoint where there is none, and rid it of what a killed write left.
+
+    Raises:
+        InputError: It cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for pattern in (f".{HEADER}.tmp", *(f".{pattern}.tmp" for pattern in _PATTERNS)):
+            for leftover in folder.glob(pattern):
+                leftover.unlink()
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(
+            f"cannot write to the checkpoint folder {folder}: {error.strerror}; give a folder you can write to"
+        ) from None
+
+
 class PrefillCheckpoint:
     """The finished layers' K/V, a file each, the hidden states behind the last of them, and a header.
 
@@ -105,17 +124,7 @@ class PrefillCheckpoint:
         self._files: dict[str, FileRecord] = {}
         self._done = 0
         self._written = time.monotonic()
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for pattern in (f".{HEADER}.tmp", *(f".{pattern}.tmp" for pattern in _PATTERNS)):
-                for leftover in self._folder.glob(pattern):
-                    leftover.unlink()
-            if not os.access(self._folder, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        except OSError as error:
-            raise InputError(
-                f"cannot write to the checkpoint folder {folder}: {error.strerror}; give a folder you can write to"
-            ) from None
+        check_checkpoint_folder(self._folder)
         if (self._folder / HEADER).exists():
             self._read_header()
 

@@ -15,6 +15,8 @@ from ds_offload.notices import notice
 # The first steps compile kernels and capture the graph; the profiler itself starts up in the next.
 SKIPPED_STEPS = 3
 TRACED_STEPS = 4
+# The first token comes from the prompt, and a trace has at least one step.
+LEAST_TOKENS = SKIPPED_STEPS + 2
 
 
 class StepTrace:
@@ -26,18 +28,19 @@ class StepTrace:
     Args:
         path: The file; None records nothing.
         device: Where the steps run.
+        tokens: New tokens at most.
 
     Raises:
-        InputError: The folder of `path` does not exist, or `path` is one.
+        InputError: As `check_trace`.
     """
 
-    def __init__(self, path: str | Path | None, device: torch.device) -> None:
+    def __init__(self, path: str | Path | None, device: torch.device, tokens: int) -> None:
         self._path = Path(path) if path is not None else None
         self._profile: profile | None = None
         self._written = False
         if self._path is None:
             return
-        check_trace_path(self._path)
+        check_trace(self._path, tokens)
         activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
         steps = schedule(wait=SKIPPED_STEPS - 1, warmup=1, active=TRACED_STEPS, repeat=1)
         self._profile = profile(activities=activities, schedule=steps, on_trace_ready=self._write)
@@ -54,8 +57,7 @@ class StepTrace:
             return
         self._profile.__exit__(kind, error, where)
         if kind is None and not self._written:
-            least = SKIPPED_STEPS + 2
-            notice(f"no trace was written: it begins at the answer's token {least}; raise --max-new-tokens")
+            notice(f"no trace was written: it begins at token {LEAST_TOKENS}, and the answer ended before it")
 
     def step(self) -> None:
         """One decode step has ended."""
@@ -68,12 +70,17 @@ class StepTrace:
         notice(f"trace of {TRACED_STEPS} decode steps at most written to {self._path}")
 
 
-def check_trace_path(path: Path) -> None:
-    """Refuse a trace file that cannot be written.
+def check_trace(path: Path, tokens: int) -> None:
+    """Refuse a trace file that cannot be written, or of an answer of too few tokens.
 
     Raises:
-        InputError: Its folder does not exist, it is a folder, or it may not be written.
+        InputError: Its folder does not exist, it is a folder, it may not be written, or there is nothing to trace.
     """
+    if tokens < LEAST_TOKENS:
+        raise InputError(
+            f"trace={path} begins at the answer's token {LEAST_TOKENS}, and max_new_tokens={tokens} ends it before; "
+            f"set --max-new-tokens {LEAST_TOKENS + TRACED_STEPS - 1} or more"
+        )
     if path.is_dir() or not path.parent.is_dir():
         reason = "is a folder" if path.is_dir() else f"is in {path.parent}, which is no folder"
         raise InputError(f"trace={path} {reason}; give the name of a file in a folder that exists")

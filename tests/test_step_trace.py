@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from tiny_models import random_prompts, save_tiny, tiny_config
 
 from ds_offload import OffloadConfig, OffloadedGenerator
 from ds_offload.errors import InputError
-from ds_offload.step_trace import SKIPPED_STEPS, TRACED_STEPS, check_trace_path
+from ds_offload.step_trace import LEAST_TOKENS, SKIPPED_STEPS, TRACED_STEPS, check_trace
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -46,12 +47,19 @@ def test_a_trace_shows_the_steps_and_changes_no_token(
     assert (tmp_path / "other.json").stat().st_size > 1000
 
 
-def test_too_few_steps_leave_no_file_and_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_tokens_are_refused_and_too_short_an_answer_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_tiny(tmp_path, tiny_config("llama"))
+    file, prompt = tmp_path / "trace.json", random_prompts(20)[0]
     with OffloadedGenerator.from_pretrained(str(tmp_path), device="cpu") as gen:
-        gen.generate(random_prompts(20)[0], max_new_tokens=2, trace=tmp_path / "trace.json")
-    assert not (tmp_path / "trace.json").exists()
-    assert "no trace was written: it begins at the answer's token 5" in capsys.readouterr().err
+        with pytest.raises(InputError, match=f"max_new_tokens={LEAST_TOKENS - 1} ends it before; set --max-new-tokens"):
+            gen.generate(prompt, max_new_tokens=LEAST_TOKENS - 1, trace=file)
+        first = gen.generate(prompt, max_new_tokens=1).token_ids[0]
+        gen.loaded = dataclasses.replace(gen.loaded, eos_token_ids=frozenset([first]))
+        assert gen.generate(prompt, max_new_tokens=20, trace=file).finish_reason == "stop"
+    assert not file.exists()
+    assert "no trace was written: it begins at token 5, and the answer ended before it" in capsys.readouterr().err
 
 
 def test_a_trace_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
@@ -59,9 +67,9 @@ def test_a_trace_that_cannot_be_written_is_refused_before_the_work(tmp_path: Pat
     with OffloadedGenerator.from_pretrained(str(tmp_path), device="cpu") as gen:
         for wrong, reason in ((tmp_path, "is a folder"), (tmp_path / "no" / "t.json", "is no folder")):
             with pytest.raises(InputError, match=reason):
-                gen.generate(random_prompts(20)[0], max_new_tokens=2, trace=wrong)
+                gen.generate(random_prompts(20)[0], max_new_tokens=20, trace=wrong)
             with pytest.raises(InputError, match=reason):
-                gen.stream(random_prompts(20)[0], max_new_tokens=2, trace=wrong)
+                gen.stream(random_prompts(20)[0], max_new_tokens=20, trace=wrong)
 
 
 def test_a_trace_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,9 +77,9 @@ def test_a_trace_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     there, new = tmp_path / "there.json", tmp_path / "folder" / "new.json"
     there.touch()
     new.parent.mkdir()
-    check_trace_path(there)
-    check_trace_path(new)
+    check_trace(there, 99)
+    check_trace(new, 99)
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) not in (there, new.parent))
     for path in (there, new):
         with pytest.raises(InputError, match=f"cannot write to trace={path}; change its permissions"):
-            check_trace_path(path)
+            check_trace(path, 99)

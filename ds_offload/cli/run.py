@@ -87,9 +87,13 @@ def run(
     text = read_prompt(prompt, prompt_file)
 
     if trace is not None:
-        from ds_offload.step_trace import check_trace_path
+        from ds_offload.step_trace import check_trace
 
-        check_trace_path(Path(trace))
+        check_trace(Path(trace), longest)
+    if checkpoint is not None:
+        from ds_offload.prefill_checkpoint import check_checkpoint_folder
+
+        check_checkpoint_folder(Path(checkpoint))
 
     from ds_offload.generator import OffloadedGenerator
     from ds_offload.preparation import PreparedModel

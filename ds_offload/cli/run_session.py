@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from ds_offload.cli.option_groups import ModelOptions
@@ -14,6 +15,7 @@ from ds_offload.config import OffloadConfig
 from ds_offload.errors import InputError
 from ds_offload.generator import OffloadedGenerator
 from ds_offload.notices import notice
+from ds_offload.prefill_checkpoint import check_checkpoint_folder
 from ds_offload.preparation import PreparedModel, room_of
 from ds_offload.prompts import parse_token_ids
 from ds_offload.session import Session
@@ -59,6 +61,11 @@ class SessionRun:
         if prepared.tokenizer is None:
             question = parse_token_ids(self._question)
         document = self._document(text, prepared)
+        if checkpoint is not None:
+            if document is None:
+                notice(f"the session {self._folder} is read already: --checkpoint is not used")
+            else:
+                check_checkpoint_folder(Path(checkpoint))
         with OffloadedGenerator.from_prepared(prepared) as generator:
             session, unsaved = self._open(generator, document, checkpoint)
             with session:

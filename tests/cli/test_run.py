@@ -147,6 +147,14 @@ def wrong_inputs() -> dict[str, tuple[list[str], str]]:
         "no such device": ([*model, *prompt, "--device", "tpu"], "device='tpu'"),
         "no such dtype": ([*model, *prompt, "--dtype", "fp8"], "fp8"),
         "no such format": ([*model, *prompt, "--load-format", "pickle"], "pickle"),
+        "too few tokens to trace": (
+            [*model, *prompt, "--trace", "t.json", "--max-new-tokens", "4"],
+            "begins at the answer's token 5",
+        ),
+        "a checkpoint in a file": (
+            [*model, *prompt, "--checkpoint", __file__],
+            "cannot write to the checkpoint folder",
+        ),
         "no such scaling": ([*model, *prompt, "--rope-scaling", "stretch"], "stretch"),
         "no ids": ([*model, "--prompt", "Call me"], "'Call' is not a token id"),
         "an id too large": ([*model, "--prompt", "1 300"], "token id 300"),

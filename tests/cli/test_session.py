@@ -171,6 +171,19 @@ def test_a_session_that_cannot_be_saved_answers_all_the_same(
     assert "No space left on device" in ended.error_lines[-1]
 
 
+def test_a_checkpoint_beside_a_session(command: Any, kept: Kept, chat_model: str, tmp_path: Path) -> None:
+    """Of a session that is read it is said to be of no use; of a new one it is refused before weights load."""
+    folder, file = tmp_path / "begun", tmp_path / "file"
+    file.touch()
+    common = ("run", *CPU, "--model", chat_model, "--question", "Why?")
+    read = command(*common, "--session", str(kept.folder), "--checkpoint", str(folder))
+    assert read.status == 0 and "is read already: --checkpoint is not used" in read.err and not folder.exists()
+    new = ("--session", str(tmp_path / "new"), "--prompt", BOOK, "--checkpoint", str(file))
+    refused = command(*common, *new)
+    assert refused.status == 2 and "cannot write to the checkpoint folder" in refused.error_lines[-1]
+    assert "calibrat" not in refused.err
+
+
 def test_help(command: Any) -> None:
     assert "verify" in command("session").out
     for name in ("list", "show", "verify", "rm"):
