@@ -89,7 +89,7 @@ def test_the_wheel_has_the_command(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         points = configparser.ConfigParser()
         points.read_string(archive.read(f"ds_offload-{ds_offload.__version__}.dist-info/entry_points.txt").decode())
-    assert dict(points["console_scripts"]) == {"ds-offload": "ds_offload.cli.main:main"}
+    assert dict(points["console_scripts"]) == {"ds-offload": "ds_offload.__main__:main"}
 
 
 def test_a_wheel_from_the_source_distribution_is_the_same(tree: Path, wheel: Path) -> None:
