@@ -144,7 +144,7 @@ class OffloadedGenerator(CallPlanner):
         sequences = self._sequences(prompts, params)
         kept = self._checkpoint(checkpoint, sequences)
         statistics = RunStatistics(self.decoder, self.config)
-        with StepTrace(trace, self.decoder.device, params.max_new_tokens) as steps:
+        with StepTrace(trace, self.decoder.device, int(params.max_new_tokens)) as steps:
             for _ in self._run(sequences, statistics, output_logits, on_progress, steps, kept):
                 pass
         monitored = statistics.summary()["monitor"]
@@ -191,7 +191,7 @@ class OffloadedGenerator(CallPlanner):
         params = SamplingParams(**sampling)
         sequence = self._sequences([prompt], params)[0]
         kept = self._checkpoint(checkpoint, [sequence])
-        steps = StepTrace(trace, self.decoder.device, params.max_new_tokens)
+        steps = StepTrace(trace, self.decoder.device, int(params.max_new_tokens))
         return self._stream(sequence, on_progress, steps, kept)
 
     def _stream(
