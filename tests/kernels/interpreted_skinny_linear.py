@@ -34,7 +34,7 @@ def run(x, weights, biases=None, norm=None, residual=None, dtype=None, launch=No
 
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("n", [1, 2, 5, 16])
-@pytest.mark.parametrize("k", [64, 100, 576])
+@pytest.mark.parametrize("k", [64, 100, 192])
 def test_one_weight(n: int, k: int, dtype: torch.dtype) -> None:
     for m in (33, 64, 7):
         x, weight = values(n, k, dtype=dtype), values(m, k, dtype=dtype, scale=k**-0.5)
@@ -46,7 +46,7 @@ def test_one_weight(n: int, k: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("sizes", [(33, 7), (33, 64, 7), (1, 1, 20), (16, 32, 16)])
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_several_weights_with_everything(sizes: tuple[int, ...], count: int, dtype: torch.dtype) -> None:
-    n, k = (1, 5, 16)[count], (64, 100, 576)[count]
+    n, k = (1, 5, 16)[count], (64, 100, 192)[count]
     x = values(n, k, dtype=dtype)
     weights = [values(m, k, dtype=dtype, scale=k**-0.5) for m in sizes]
     biases = [None if i == count else values(m, dtype=dtype) for i, m in enumerate(sizes)]
