@@ -12,7 +12,7 @@ from ds_offload.loading import LoadedModel, ModelSource
 from ds_offload.machine.host_memory import host_memory
 from ds_offload.memory.file_segments import disk_room
 from ds_offload.memory.plan import CUDA_RESERVE_BYTES, MemoryPlan
-from ds_offload.planning.changes import find_changes, longest_context, settle
+from ds_offload.planning.changes import disk_instead, find_changes, kv_dir_hint, longest_context, settle
 from ds_offload.planning.request import MemoryLimits, Request, Shortage, memory_text, weight_bytes
 from ds_offload.planning.request import plan_request as plan_request
 
@@ -152,13 +152,14 @@ def _host_limit(config: OffloadConfig, there: int = 0) -> int:
 
 def _remedy(request: Request, limits: MemoryLimits, short: Shortage) -> str:
     flags = find_changes(request, limits)
+    files = kv_dir_hint(disk_instead(request, limits))
     if flags:
-        return f"{' '.join(flags)} makes it fit"
+        return f"{' '.join(flags)} makes it fit{files}"
     longest = longest_context(dataclasses.replace(request, prompts=None, most=None), limits, request.context)
     if longest:
         each = " each" if request.batch > 1 else ""
-        return f"shorten the prompt: at most {longest:,} tokens{each} fit, the answer counted"
-    return short.last_resort(request.config)
+        return f"shorten the prompt: at most {longest:,} tokens{each} fit, the answer counted{files}"
+    return short.last_resort(request.config) + files
 
 
 def _line(what: str, short: Shortage, remedy: str) -> str:

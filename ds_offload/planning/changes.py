@@ -10,7 +10,7 @@ from ds_offload.config import HOT_SETS, TOP_P_CAP, TokenBudget
 from ds_offload.dtypes import QUANTISED_BITS, dtype_name
 from ds_offload.errors import InputError
 from ds_offload.families import check_supported
-from ds_offload.planning.request import MemoryLimits, Request
+from ds_offload.planning.request import MemoryLimits, Request, memory_text
 
 # Contexts beyond this are not looked at.
 LONGEST = 1 << 30
@@ -73,6 +73,20 @@ def find_changes(request: Request, limits: MemoryLimits) -> list[str] | None:
         if fits(changed, limits):
             return flags
     return None
+
+
+def disk_instead(request: Request, limits: MemoryLimits) -> int | None:
+    """Bytes of a disk that K/V take in files (`kv_dir`), where that alone makes a request fit; else None."""
+    if request.config.kv_dir is not None or request.config.kv_location != "host" or fits(request, limits):
+        return None
+    files = settle(request.of(kv_dir="."), limits)
+    plan = files.plan(limits.gpu)
+    return plan.disk_kv if limits.shortage(plan) is None else None
+
+
+def kv_dir_hint(disk: int | None) -> str:
+    """What a refusal says of `disk_instead`'s bytes, behind other remedies."""
+    return "" if disk is None else f"; or keep K/V in files: --kv-dir FOLDER with {memory_text(disk)} free, far slower"
 
 
 def _candidates(request: Request, limits: MemoryLimits) -> Iterator[Change]:

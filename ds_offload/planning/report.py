@@ -13,7 +13,7 @@ from ds_offload.dtypes import dtype_name
 from ds_offload.families import check_supported
 from ds_offload.loading import ModelSource, find_model
 from ds_offload.memory.plan import MemoryPlan
-from ds_offload.planning.changes import find_changes, longest_context, settle
+from ds_offload.planning.changes import disk_instead, find_changes, kv_dir_hint, longest_context, settle
 from ds_offload.planning.estimate import Estimate, estimate
 from ds_offload.planning.request import Request, Shortage, host_total, memory_text
 from ds_offload.planning.target import Target
@@ -28,6 +28,7 @@ class PlanReport:
         estimate: Times and traffic.
         max_context: The longest context that fits with everything else as it is, 0 where none does.
         changes: Flags that make it fit; [] where it does or nothing helps.
+        kv_dir_bytes: Bytes of a disk with which `kv_dir` alone makes it fit; None where it fits, or not even then.
     """
 
     request: Request
@@ -37,6 +38,7 @@ class PlanReport:
     estimate: Estimate
     max_context: int
     changes: list[str]
+    kv_dir_bytes: int | None
 
     @classmethod
     def make(cls, request: Request, target: Target) -> PlanReport:
@@ -52,6 +54,7 @@ class PlanReport:
             estimate=estimate(request, target.rates),
             max_context=longest_context(asked, limits),
             changes=find_changes(request, limits) or [],
+            kv_dir_bytes=disk_instead(request, limits),
         )
 
     @property
@@ -93,6 +96,7 @@ class PlanReport:
             "decode_ms_per_token": self.estimate.decode_ms_per_token,
             "max_context": self.max_context,
             "changes": self.changes,
+            "kv_dir_bytes": self.kv_dir_bytes,
             "assumptions": self.estimate.assumptions
             | self._dtype_assumption()
             | {"prefill_mode": self.plan.prefill_mode},
@@ -134,9 +138,10 @@ class PlanReport:
             return "fits"
         needed, limit = memory_text(short.needed), memory_text(short.limit)
         line = f"does not fit: {needed} of {short.place} are needed and {limit} are there"
+        files = kv_dir_hint(self.kv_dir_bytes)
         if self.changes:
-            return f"{line}; add {' '.join(self.changes)}"
-        return f"{line}; no change makes it fit: {short.last_resort(self.request.config)}"
+            return f"{line}; add {' '.join(self.changes)}{files}"
+        return f"{line}; no change makes it fit: {short.last_resort(self.request.config)}{files}"
 
     def _dtype_assumption(self) -> dict[str, str]:
         name = self.request.source.name

@@ -166,7 +166,7 @@ def test_run_names_the_change(refused: Any, ids_model: str) -> None:
     asked = ("--model", ids_model, "--device", "cpu", "--prompt", prompt, "--segment-tokens", "16")
     asked += ("--max-new-tokens", "400", "--token-budget", "8", "--kv-dtype", "int4", "--label-bits", "2")
     line = refused("run", *asked, "--host-memory", "1650KiB").err
-    assert "500 tokens need" in line and "--ctx" in line and line.rstrip().endswith("makes it fit")
+    assert "500 tokens need" in line and "--ctx" in line and "makes it fit" in line
 
 
 @pytest.mark.usefixtures("no_weights")

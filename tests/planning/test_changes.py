@@ -11,9 +11,9 @@ import pytest
 
 from ds_offload.cli.config_options import build_config
 from ds_offload.config import HOT_SETS, OffloadConfig
-from ds_offload.planning.changes import LONGEST, find_changes, fits, longest_context, settle
+from ds_offload.planning.changes import LONGEST, disk_instead, find_changes, fits, kv_dir_hint, longest_context, settle
 from ds_offload.planning.report import find_source, resolve_request
-from ds_offload.planning.request import MemoryLimits, Request, host_total
+from ds_offload.planning.request import MemoryLimits, Request, host_total, memory_text
 
 MODELS = ("llama-2-7b", "llama-3.1-8b", "mixtral-8x7b", "smollm2-135m")
 
@@ -111,6 +111,21 @@ def test_changes_make_it_fit(seed: int) -> None:
 def test_the_order_of_preference(gpu: float, host: float, batch: int, expected: list[str] | None) -> None:
     asked = request(batch=batch)
     assert find_changes(asked, limits_of(asked, gpu, host)) == expected
+
+
+def test_files_instead_of_host_memory() -> None:
+    asked = request()
+    room = limits_of(asked)
+    short = dataclasses.replace(room, host=room.host - 1)
+    files = asked.of(kv_dir=".")
+    assert disk_instead(asked, room) is None, "it fits"
+    needed = disk_instead(asked, short)
+    assert needed == files.plan(short.gpu).disk_kv == asked.plan(short.gpu).host_kv
+    assert needed is not None and f"--kv-dir FOLDER with {memory_text(needed)} free" in kv_dir_hint(needed)
+    assert limits_of(files).shortage(files.plan(short.gpu)) is None
+    assert kv_dir_hint(disk_instead(files, short)) == "", "they are in files already"
+    assert disk_instead(asked, dataclasses.replace(short, gpu=1)) is None, "the device is short, too"
+    assert disk_instead(asked.of(kv_location="gpu"), short) is None
 
 
 def test_a_dtype_that_is_left_open_has_as_many_bits_as_fit() -> None:
