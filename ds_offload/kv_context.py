@@ -97,6 +97,7 @@ class KVContext(ContextStores):
                 sequences=sequences,
                 window=self.window,
                 capacity=hot_set_capacity(config.hot_set_multiple, self.most_kept, longest, self.window),
+                least=max(1, self.most_kept),
                 context=longest,
                 reuse=config.hot_set_multiple > 0,
                 apart=self.window_buffer,

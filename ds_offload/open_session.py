@@ -53,6 +53,7 @@ def read_document(
         prefill(generator.decoder, context, 0, ids, on_progress, streamed=streamed, checkpoint=kept)
         # Nothing waits for a first token: give back what the last layers' rows leave from.
         context.streams.join()
+        _make_slots(context)
         undo.pop_all()
     return Session(generator, context, plan, calibration, prompt, ids, len(ids), len(ids))
 
@@ -82,5 +83,12 @@ def load_session(generator: OffloadedGenerator, path: str | Path) -> Session:
     with contextlib.ExitStack() as undo:
         undo.callback(context.close, keep=False)
         read_session(folder, header, context)
+        _make_slots(context)
         undo.pop_all()
     return Session(generator, context, plan, calibration, header.document, ids, header.document_tokens, header.stored)
+
+
+def _make_slots(context: KVContext) -> None:
+    """Take the memory that was planned for the hot set: until the first question others could."""
+    if context.hot_set is not None:
+        context.hot_set.make()

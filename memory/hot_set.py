@@ -14,6 +14,7 @@ from ds_offload.kernels.arriving import Arriving
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.window import AttentionWindow
 from ds_offload.memory.window_buffer import WindowBuffer
+from ds_offload.notices import notice
 
 
 class HotSet:
@@ -24,6 +25,10 @@ class HotSet:
     about slots is decided on the device with fixed shapes (`kernels/admit.py`): no host
     synchronisation.
 
+    Until the first step only the window is there: a prompt's workspace and the slots never
+    take memory at the same time. Where some of the memory that was planned for the slots has
+    gone to another process meanwhile, there are fewer of them.
+
     Hand-overs: a layer's `admit` calls must be ordered among themselves and behind the
     store writes of the tokens they may select; `rows` of a layer may be read behind
     the `admit` or window write that filled them, and a slot is written again only by a
@@ -32,14 +37,16 @@ class HotSet:
     Args:
         store: Where missing rows come from.
         layers: The offloaded layers.
-        capacity: C, at least the largest K that is ever admitted.
+        capacity: C.
         context: Most tokens of any sequence.
+        least: The largest K that is ever admitted, at most C: C never becomes less.
         reuse: Whether rows stay from step to step; without it every step fetches all it selects.
         apart: The window's rows where they stand elsewhere; this one has none of them then.
         admissions: The most of a layer between two calls of `begin_step`.
 
     Attributes:
-        capacity, reuse: As given.
+        capacity: As given; what there is from the first step on.
+        reuse: As given.
         window: The window's rows, here or apart.
         first_place: Of the C slots in the rows.
     """
@@ -56,6 +63,7 @@ class HotSet:
         capacity: int,
         context: int,
         device: torch.device,
+        least: int = 1,
         reuse: bool = True,
         apart: WindowBuffer | None = None,
         admissions: int = 1,
@@ -64,18 +72,58 @@ class HotSet:
         self.reuse = reuse
         self._store = store
         self.first_place = 0 if apart is not None else window.forced_slots
-        heads = (sequences, kv_heads)
-        shape = (*heads, self.first_place + capacity, 2, head_dim)
-        self._rows = {n: torch.empty(shape, dtype=store.dtype, device=device) for n in layers}
+        self._least = least
+        self._context = context
+        self._shape = (sequences, kv_heads, head_dim)
+        self._rows = {n: self._empty(0, device) for n in layers}
         self.window = apart or WindowBuffer(window, self._rows)
-        self._state = {n: AdmitState.empty(*heads, capacity, context, device) for n in layers}
+        self._state: dict[int, AdmitState] = {}
+        self._made = False
         # Stamps of a step's admissions, the same for all layers: on the device, since a captured step advances them.
         self._stamps = torch.arange(1 - admissions, 1, dtype=torch.int32, device=device)
         self._recent = torch.zeros_like(self._stamps[0])
         self._admitted = dict.fromkeys(layers, 0)
 
+    def _empty(self, capacity: int, device: torch.device) -> Tensor:
+        """A layer's rows, with so many slots behind the window."""
+        sequences, kv_heads, head_dim = self._shape
+        shape = (sequences, kv_heads, self.first_place + capacity, 2, head_dim)
+        return torch.empty(shape, dtype=self._store.dtype, device=device)
+
+    def make(self) -> None:
+        """Have the slots; the first step does it.
+
+        Raises:
+            torch.OutOfMemoryError: There is not even room for as many as a step selects.
+        """
+        while not self._made:
+            try:
+                self._make(self.capacity)
+                self._made = True
+            except torch.OutOfMemoryError:
+                if self.capacity <= self._least:
+                    raise
+                fewer = max(self._least, self.capacity * 3 // 4)
+                notice(
+                    f"less memory is free than before the prompt was read: the hot set has {fewer:,} slots a head "
+                    f"instead of {self.capacity:,}, and decoding is slower"
+                )
+                self.capacity = fewer
+
+    def _make(self, capacity: int) -> None:
+        """Layer by layer, so that one layer's window is there twice at most."""
+        device = self._recent.device
+        self._state.clear()
+        for layer, window in self._rows.items():
+            rows = self._empty(capacity, device)
+            rows[:, :, : self.first_place] = window[:, :, : self.first_place]
+            self._rows[layer] = rows
+        for layer in self._rows:
+            self._state[layer] = AdmitState.empty(*self._shape[:2], capacity, self._context, device)
+
     def begin_step(self) -> None:
         """A new token: what the last one's admissions selected counts as recent from here on."""
+        self.make()
         self._recent.copy_(self._stamps[0])
         self._stamps.add_(len(self._stamps))
         self._admitted = dict.fromkeys(self._admitted, 0)
@@ -90,10 +138,17 @@ class HotSet:
 
     def copy_from(self, other: HotSet) -> None:
         """Take over window, slots and stamps of a hot set of the same shape."""
+        if other._made:
+            self.capacity = other.capacity
+            self.make()
+        same = self.capacity == other.capacity
         for layer, rows in self._rows.items():
-            rows.copy_(other._rows[layer])
+            # Of slots that there is no room for a second time, none is copied.
+            shared = other._rows[layer].shape[2] if same else self.first_place
+            rows[:, :, :shared].copy_(other._rows[layer][:, :, :shared])
+        for layer, state in other._state.items() if same else ():
             for field in fields(AdmitState):
-                getattr(self._state[layer], field.name).copy_(getattr(other._state[layer], field.name))
+                getattr(self._state[layer], field.name).copy_(getattr(state, field.name))
         self._stamps.copy_(other._stamps)
         self._recent.copy_(other._recent)
 

@@ -121,17 +121,19 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by use. `gpu_total` is the peak: prefill and decode workspaces do not coexist.
+    """Bytes by use. `gpu_total` is the peak: a prompt's workspace is gone when the hot set and a step's are made.
 
     Attributes:
         weights: The model's parameters.
         labels: The label cache, and the codes of product labels.
-        hot_set: Device rows: sinks, recent window and hot set, with their bookkeeping.
+        window: Device rows of sinks and recent window.
+        hot_set: Those of selected tokens, with their bookkeeping; there from the first step on.
         buffers: The new token's rows, dense layers' K/V and, with `kv_location="gpu"`,
             the store. With quantised sequences that are continued later, a copy of the window.
         prefill: Workspace of the longest prompt: hidden states, queries, two layers' K/V, RoPE, chunks.
             With a streamed prefill that of one piece of it.
         decode: Workspace of a step: scores and selections in flight, attention, logits.
+        turn: Workspace of a later turn's prompt, beside that of a step; 0 where nothing is continued.
         reserve: CUDA context and allocator; 0 on a CPU.
         host_kv: The store on the host; of one in files the ring through which its rows pass to a CUDA device.
         disk_kv: The store in files. What the system keeps of them in memory it gives back when that is wanted.
@@ -141,10 +143,12 @@ class MemoryPlan:
 
     weights: int
     labels: int
+    window: int
     hot_set: int
     buffers: int
     prefill: int
     decode: int
+    turn: int
     reserve: int
     host_kv: int
     prefill_mode: PrefillMode = "whole"
@@ -152,9 +156,19 @@ class MemoryPlan:
     disk_kv: int = 0
 
     @property
+    def prefill_tensors(self) -> int:
+        """Peak bytes of tensors on the device until the first prompts are read."""
+        return self.weights + self.labels + self.window + self.buffers + self.prefill
+
+    @property
+    def step_tensors(self) -> int:
+        """The same from the first step on."""
+        return self.weights + self.labels + self.window + self.hot_set + self.buffers + max(self.decode, self.turn)
+
+    @property
     def gpu_tensors(self) -> int:
         """Peak bytes of tensors on the device, without the reserve."""
-        return self.weights + self.labels + self.hot_set + self.buffers + max(self.prefill, self.decode)
+        return max(self.prefill_tensors, self.step_tensors)
 
     @property
     def gpu_total(self) -> int:
@@ -178,10 +192,11 @@ def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None, continu
     if not shape.kv_on_device:
         # A block of host memory is whole pages.
         segment = -(-segment // mmap.PAGESIZE) * mmap.PAGESIZE
-    window = offloaded * shape.rows * shape.window.forced_slots * shape.plain_row_bytes
-    hot_set = window if not shape.kv_on_device or shape.layout is not None else 0
+    window = hot_set = 0
+    if not shape.kv_on_device or shape.layout is not None:
+        window = offloaded * shape.rows * shape.window.forced_slots * shape.plain_row_bytes
     if not shape.kv_on_device:
-        hot_set += offloaded * (shape.rows * shape.hot_slots * shape.row_bytes + _admit_bytes(shape))
+        hot_set = offloaded * (shape.rows * shape.hot_slots * shape.row_bytes + _admit_bytes(shape))
     buffers = shape.layers * shape.rows * shape.plain_row_bytes
     buffers += shape.dense_layers * tokens * shape.kv_heads * shape.plain_row_bytes
     buffers += segments * segment if shape.kv_on_device else 0
@@ -197,14 +212,16 @@ def plan_memory(shape: CacheShape, weights: int, gpu: int | None = None, continu
         if shape.layout is not None:
             # A copy of the window, while a question is answered.
             buffers += window
-    mode = prefill_mode(shape, None if gpu is None else gpu - weights - labels - hot_set - buffers - reserve)
+    mode = prefill_mode(shape, None if gpu is None else gpu - weights - labels - window - buffers - reserve)
     return MemoryPlan(
         weights=weights,
         labels=labels,
+        window=window,
         hot_set=hot_set,
         buffers=buffers,
-        prefill=max(turn, prefill_bytes(shape) if mode == "whole" else streamed_prefill_bytes(shape)),
+        prefill=prefill_bytes(shape) if mode == "whole" else streamed_prefill_bytes(shape),
         decode=decode,
+        turn=turn,
         reserve=reserve,
         host_kv=_host_kv(shape, segments * segment),
         prefill_mode=mode,

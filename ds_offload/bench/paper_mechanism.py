@@ -69,6 +69,7 @@ class PaperScheduler:
     def begin(self, step: Step) -> None:
         """A new step."""
         assert self._context.hot_set is not None, "the store is on the host"
+        self._context.hot_set.make()
         self.timer.add_step()
         self._step = step
         window = self._context.window

@@ -187,7 +187,7 @@ class _Prefills:
             tokens_per_s=self._sizes.tokens / timing.median,
             stored_s=Timing.of(self._stored).median,
             gpu_peak_bytes=torch.cuda.max_memory_allocated(self._loaded.device) if cuda else 0,
-            gpu_planned_bytes=self._plan.gpu_tensors if cuda else 0,
+            gpu_planned_bytes=self._plan.prefill_tensors if cuda else 0,
             host_pinned_bytes=self._pinned,
             host_planned_bytes=self._plan.host_kv if cuda else 0,
         )

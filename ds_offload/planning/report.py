@@ -61,15 +61,15 @@ class PlanReport:
     def parts(self) -> dict[str, int]:
         """Bytes by use where the model runs; `total` is the peak.
 
-        A step's workspace is among `buffers`. It and `prefill` are never taken at the same
-        time, so the parts may add up to more than `total`.
+        A step's workspace is among `buffers`. It and `hot_set` are never taken at the same
+        time as `prefill`, so the parts may add up to more than `total`.
         """
         plan = self.plan
         return {
             "weights": plan.weights,
             "labels": plan.labels,
-            "hot_set": plan.hot_set,
-            "buffers": plan.buffers + plan.decode,
+            "hot_set": plan.window + plan.hot_set,
+            "buffers": plan.buffers + max(plan.decode, plan.turn),
             "prefill": plan.prefill,
             "reserve": plan.reserve,
             "total": plan.gpu_total,

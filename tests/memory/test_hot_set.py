@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from ds_offload.kernels.admit_state import AdmitState
 from ds_offload.kernels.new_token import new_token
 from ds_offload.memory.hot_set import HotSet
 from ds_offload.memory.kv_store import KVStore
@@ -16,7 +19,7 @@ HEADS, DIM, LENGTH = 2, 8, 90
 
 
 def make(
-    capacity: int, window: AttentionWindow, sequences: int = 2, reuse: bool = True, admissions: int = 1
+    capacity: int, window: AttentionWindow, sequences: int = 2, reuse: bool = True, admissions: int = 1, least: int = 1
 ) -> tuple[HotSet, torch.Tensor]:
     pool = PinnedPool(CPU)
     shape = {"kv_heads": HEADS, "head_dim": DIM, "device": CPU}
@@ -28,7 +31,7 @@ def make(
         store.reserve(number, LENGTH)
         store.write_prompt(3, number, 0, rows[number])
     sizes = {"sequences": sequences, "capacity": capacity, "context": LENGTH, "admissions": admissions}
-    hot = HotSet(store, layers=[3], window=window, reuse=reuse, **sizes, **shape)
+    hot = HotSet(store, layers=[3], window=window, reuse=reuse, least=least, **sizes, **shape)
     return hot, rows
 
 
@@ -56,6 +59,46 @@ def test_admitted_rows_are_the_stores_rows_over_many_steps(capacity: int) -> Non
         assert torch.equal(packed(hot, places)[valid], expected[valid])
         assert len(set(places[1, 1].tolist())) == 6
         assert (places[~valid] == -1).all()
+
+
+def test_slots_take_no_memory_before_the_first_step_and_the_window_stays() -> None:
+    hot, _ = make(7, AttentionWindow(2, 3))
+    window = torch.randn(2, HEADS, 6, 2, DIM)
+    assert hot.rows(3).shape[2] == 6
+    hot.rows(3).copy_(window)
+    hot.begin_step()
+    assert hot.rows(3).shape[2] == 6 + 7 and torch.equal(hot.rows(3)[:, :, :6], window)
+    assert hot.window.tensor(3) is hot.rows(3)
+
+
+def test_there_are_fewer_slots_where_the_memory_has_gone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Down to what a step selects; a copy for which there is less room than for the original begins empty."""
+    room = {"slots": 12}
+    empty = AdmitState.empty
+
+    def scarce(batch: int, kv_heads: int, capacity: int, *rest: Any) -> AdmitState:
+        if capacity > room["slots"]:
+            raise torch.OutOfMemoryError
+        return empty(batch, kv_heads, capacity, *rest)
+
+    monkeypatch.setattr("ds_offload.memory.hot_set.AdmitState.empty", scarce)
+    hot, rows = make(20, AttentionWindow(2, 3), sequences=1, least=6)
+    hot.begin_step()
+    assert hot.capacity == 11 and "11 slots a head instead of 15" in capsys.readouterr().err
+    tokens = torch.arange(10, 16).expand(1, HEADS, -1)
+    assert torch.equal(packed(hot, hot.admit(3, tokens)), rows[:, :, 10:16])
+    room["slots"] = 7
+    copied, _ = make(20, AttentionWindow(2, 3), sequences=1, least=6)
+    copied.copy_from(hot)
+    assert copied.capacity == 6
+    copied.begin_step()
+    assert torch.equal(packed(copied, copied.admit(3, tokens)), rows[:, :, 10:16])
+    room["slots"] = 5
+    none, _ = make(20, AttentionWindow(2, 3), sequences=1, least=6)
+    with pytest.raises(torch.OutOfMemoryError):
+        none.begin_step()
 
 
 def test_a_hit_moves_nothing_and_a_miss_evicts_the_least_recently_selected() -> None:

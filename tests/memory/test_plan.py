@@ -68,7 +68,9 @@ def test_a_long_context_of_llama_2_7b() -> None:
     assert plan.host_kv == 32 * 32 * tokens * 512
     assert plan.reserve == CUDA_RESERVE_BYTES
     assert plan.gpu_total == plan.gpu_tensors + CUDA_RESERVE_BYTES
-    assert plan.gpu_tensors == 1000 + plan.labels + plan.hot_set + plan.buffers + max(plan.prefill, plan.decode)
+    there = 1000 + plan.labels + plan.window + plan.buffers
+    assert plan.prefill_tensors == there + plan.prefill < plan.step_tensors == there + plan.hot_set + plan.decode
+    assert plan.gpu_tensors == plan.step_tensors, "the prompt's workspace is gone when the hot set is made"
     kept = tokens * (2 * (4096 + 4096 + 4 * 4096 + 256) + 8)
     assert plan.prefill == kept + CHUNK_BYTES + 8 * 4096 * 32 * 60
 
@@ -133,7 +135,7 @@ def test_the_cpu_scores_every_query_head() -> None:
 def test_a_batch_shares_the_prefill_and_nothing_else() -> None:
     one, four = (plan_memory(cache_shape(batch=n), 0) for n in (1, 4))
     assert one.prefill == four.prefill
-    for name in ("labels", "hot_set", "buffers", "host_kv"):
+    for name in ("labels", "window", "hot_set", "buffers", "host_kv"):
         assert getattr(four, name) == 4 * getattr(one, name)
 
 
@@ -220,10 +222,11 @@ def test_a_prefill_is_streamed_where_the_whole_prompt_does_not_fit() -> None:
 def test_the_plan_of_a_streamed_prefill_has_the_hidden_states_on_the_host() -> None:
     shape = cache_shape()
     whole = plan_memory(shape, 1000, None)
-    assert plan_memory(shape, 1000, whole.gpu_total) == whole
-    streamed = plan_memory(shape, 1000, whole.gpu_total - 1)
+    enough = whole.prefill_tensors + whole.reserve
+    assert enough < whole.gpu_total and plan_memory(shape, 1000, enough) == whole
+    streamed = plan_memory(shape, 1000, enough - 1)
     assert (streamed.prefill_mode, streamed.host_states) == ("streamed", (1 << 17) * 4096 * 2)
-    assert whole.gpu_total - streamed.gpu_total == whole.prefill - max(streamed.prefill, streamed.decode)
+    assert whole.prefill_tensors - streamed.prefill_tensors == whole.prefill - streamed.prefill
     assert dataclasses.replace(streamed, prefill=whole.prefill, prefill_mode="whole", host_states=0) == whole
     assert plan_memory(cache_shape(cuda=False), 0, 0).host_states == 0
 
@@ -233,10 +236,10 @@ def test_later_turns_have_their_workspace() -> None:
     shape = cache_shape(prompts=[100])
     alone, continued = (plan_memory(shape, weights=1, continued=later) for later in (False, True))
     turn = streamed_prefill_bytes(cache_shape())
-    assert alone.prefill == prefill_bytes(shape) < continued.prefill == turn + decode_bytes(shape)
-    assert dataclasses.replace(continued, prefill=alone.prefill) == alone
-    whole = plan_memory(cache_shape(), weights=1)
-    assert plan_memory(cache_shape(), weights=1, continued=True) == whole
+    assert alone.prefill == continued.prefill == prefill_bytes(shape)
+    assert alone.turn == 0 < continued.turn == turn + decode_bytes(shape)
+    assert continued.step_tensors - alone.step_tensors == turn, "a turn comes beside the hot set"
+    assert dataclasses.replace(continued, turn=0) == alone
 
 
 def test_a_copy_of_the_window_is_planned_for_quantised_rows_that_are_continued() -> None:
@@ -244,4 +247,4 @@ def test_a_copy_of_the_window_is_planned_for_quantised_rows_that_are_continued()
     alone, continued = (plan_memory(shape, weights=1, continued=later) for later in (False, True))
     # 4 sinks, 64 recent tokens and the current one, K and V in 16 bits.
     assert continued.buffers - alone.buffers == 32 * 32 * 69 * 2 * 128 * 2
-    assert dataclasses.replace(continued, buffers=alone.buffers, prefill=alone.prefill) == alone
+    assert dataclasses.replace(continued, buffers=alone.buffers, turn=0) == alone

@@ -52,7 +52,9 @@ def test_a_hot_set_that_is_left_open_is_the_largest_that_fits() -> None:
     asked = request(hot_set=None)
     for multiple in HOT_SETS:
         chosen = asked.of(hot_set=multiple)
-        assert settle(asked, limits_of(chosen)).config.hot_set == multiple
+        # Where the prompt takes more than a step, a larger one may take no more.
+        largest = next(m for m in HOT_SETS if asked.of(hot_set=m).plan().gpu_total <= chosen.plan().gpu_total)
+        assert settle(asked, limits_of(chosen)).config.hot_set == largest >= multiple
         # What fits with any hot set fits.
         assert fits(asked, limits_of(chosen)) and longest_context(asked, limits_of(chosen)) >= asked.context
     least = limits_of(asked.of(hot_set=1))
@@ -63,8 +65,8 @@ def test_a_hot_set_that_is_left_open_is_the_largest_that_fits() -> None:
     assert settle(asked, streamed).config.hot_set == expected.config.hot_set > 1
     nothing = settle(asked, dataclasses.replace(least, gpu=1))
     assert nothing.config.hot_set == 1, "the least, where none fits"
-    scarce = dataclasses.replace(limits_of(asked.of(hot_set=2)), host=1)
-    assert settle(asked, scarce).config.hot_set == 2, "the host's memory does not grow with it"
+    scarce = dataclasses.replace(limits_of(asked.of(hot_set=4)), host=1)
+    assert settle(asked, scarce).config.hot_set == 4, "the host's memory does not grow with it"
     given = request(hot_set=1.25)
     assert settle(given, limits_of(asked.of(hot_set=4))) is given
 
@@ -98,10 +100,10 @@ def test_changes_make_it_fit(seed: int) -> None:
 @pytest.mark.parametrize(
     ("gpu", "host", "batch", "expected"),
     [
-        # A hot set of twice the budget is about a tenth of it all.
-        (0.97, 1, 1, ["--hot-set 1.3"]),
-        (0.955, 1, 1, ["--hot-set 1"]),
-        (0.93, 1, 1, ["--kv-dtype int8"]),
+        # With a hot set of less than three times the budget the prompt takes more than a step.
+        (0.99, 1, 1, ["--hot-set 3.5"]),
+        (0.97, 1, 1, ["--hot-set 3"]),
+        (0.95, 1, 1, ["--kv-dtype int8"]),
         (1, 0.9, 1, ["--kv-dtype int8"]),
         (1, 0.5, 1, ["--kv-dtype int4"]),
         (1, 0.26, 4, ["--batch 1"]),
@@ -109,7 +111,7 @@ def test_changes_make_it_fit(seed: int) -> None:
     ],
 )
 def test_the_order_of_preference(gpu: float, host: float, batch: int, expected: list[str] | None) -> None:
-    asked = request(batch=batch)
+    asked = request(batch=batch, hot_set=4)
     assert find_changes(asked, limits_of(asked, gpu, host)) == expected
 
 
@@ -132,17 +134,17 @@ def test_a_dtype_that_is_left_open_has_as_many_bits_as_fit() -> None:
     asked = request(kv_dtype="auto", hot_set=None)
     limits = {name: limits_of(request(kv_dtype=name, hot_set=1)) for name in ("bf16", "int8", "int4")}
     for name, room in limits.items():
-        settled = settle(asked, room).config
-        assert (settled.kv_dtype, fits(asked, room)) == (name, True)
+        settled = settle(asked, room)
+        assert (settled.config.kv_dtype, fits(asked, room)) == (name, True)
         # A larger hot set comes after more bits.
-        assert settled.hot_set == 1
+        assert room.shortage(settled.plan(room.gpu)) is None
     short = dataclasses.replace(limits["int4"], host=limits["int4"].host - 1)
     assert settle(asked, short).config.kv_dtype == "int4" and not fits(asked, short)
     flags = find_changes(asked, short)
     assert flags is not None and flags[0].startswith("--ctx"), "fewer bits were tried already"
     # Room on the host does not help where the device has none.
-    scarce = dataclasses.replace(limits["int8"], host=limits["bf16"].host)
-    assert settle(asked, scarce).config.kv_dtype == "int8"
+    scarce = dataclasses.replace(limits_of(request(kv_dtype="int8", hot_set=4)), host=limits["bf16"].host)
+    assert settle(asked.of(hot_set=4), scarce).config.kv_dtype == "int8"
     assert find_changes(request(kv_dtype="int8", hot_set=1), limits["int4"]) == ["--kv-dtype int4"]
 
 

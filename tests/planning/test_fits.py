@@ -86,7 +86,7 @@ def test_a_plan_that_says_it_fits_keeps_its_word(name: str, tmp_path: Path) -> N
                 context.reserve(number, capacity)
             assert context.host_bytes == plan.host_kv
             # Numbers beside the caches: addresses, counts and clocks of a few layers.
-            assert 0 <= live.peak - (plan.labels + plan.hot_set + plan.buffers) < 16 << 10
+            assert 0 <= live.peak - (plan.labels + plan.window + plan.buffers) < 16 << 10
         prompts = random_prompts(*case.prompts)
         with LiveTensors() as live:
             outs = gen.generate(prompts, max_new_tokens=case.new)
@@ -113,7 +113,7 @@ def test_a_step_takes_no_more_than_planned(name: str, tmp_path: Path) -> None:
                 assert loop.last is not None
                 if gen.config.budget.fraction != 1:
                     compare_step(gen.decoder, context, loop.last, capacities, FidelitySums(gen.decoder.layers))
-    planned = plan.labels + plan.hot_set + plan.buffers + plan.decode
+    planned = plan.step_tensors - plan.weights
     assert 0.8 * planned < live.peak <= planned
 
 
@@ -182,7 +182,7 @@ def test_steps_on_a_gpu_stay_within_the_plan(name: str, tmp_path: Path) -> None:
         assert gen._calibration is not None
         torch.cuda.empty_cache()
         held = torch.cuda.memory_reserved() - plan.weights
-        most = held + plan.weights + plan.labels + plan.hot_set + plan.buffers + plan.decode + CUDA_RESERVE_BYTES // 2
+        most = held + plan.step_tensors + CUDA_RESERVE_BYTES // 2
         torch.cuda.set_per_process_memory_fraction(min(1.0, most / memory))
         try:
             with KVContext(gen.decoder, gen.config, gen._calibration, capacities) as context:
