@@ -97,7 +97,7 @@ class KVContext(ContextStores):
                 sequences=sequences,
                 window=self.window,
                 capacity=hot_set_capacity(config.hot_set_multiple, self.most_kept, longest, self.window),
-                least=max(1, self.most_kept),
+                least=self.most_kept,
                 context=longest,
                 reuse=config.hot_set_multiple > 0,
                 apart=self.window_buffer,
@@ -106,10 +106,9 @@ class KVContext(ContextStores):
                 **heads,
             )
             self.window_buffer = self.hot_set.window
-        shares = None
-        if config.budget.top_p is not None:
-            mass = calibration.label_mass if config.label_code == "product" else None
-            shares = shares_for(mass, config.budget.top_p, decoder.layers)
+        mass = calibration.label_mass if config.label_code == "product" else None
+        top_p = config.budget.top_p
+        shares = None if top_p is None else shares_for(mass, top_p, decoder.layers)
         everything = config.budget.fraction == 1
         selector = Selector(self.labels, self.window, decoder.scaling, shares, everything)
         self.scheduler = PrefetchScheduler(
