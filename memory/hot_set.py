@@ -72,7 +72,7 @@ class HotSet:
         self.reuse = reuse
         self._store = store
         self.first_place = 0 if apart is not None else window.forced_slots
-        self._least = least
+        self._least = max(1, least)
         self._context = context
         self._shape = (sequences, kv_heads, head_dim)
         self._rows = {n: self._empty(0, device) for n in layers}
