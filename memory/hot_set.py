@@ -16,6 +16,10 @@ from ds_offload.memory.window import AttentionWindow
 from ds_offload.memory.window_buffer import WindowBuffer
 from ds_offload.notices import notice
 
+# More than this of a prompt's workspace does not stay with torch's allocator when the slots are made: a process is to
+# take no more of the device than the larger of the two.
+KEPT_WORKSPACE = 512 << 20
+
 
 class HotSet:
     """Device rows of every offloaded layer, `[B, Hkv, sinks + ring + C, 2, D]` each, of the store's dtype.
@@ -96,6 +100,8 @@ class HotSet:
         Raises:
             torch.OutOfMemoryError: There is not even room for as many as a step selects.
         """
+        if not self._made:
+            _give_back_workspace(self._recent.device)
         while not self._made:
             try:
                 self._make(self.capacity)
@@ -217,3 +223,11 @@ class HotSet:
     def rows(self, layer: int) -> Tensor:
         """The layer's rows `[B, Hkv, C, 2, D]`, the window's in front; only places that were filled hold numbers."""
         return self._rows[layer]
+
+
+def _give_back_workspace(device: torch.device) -> None:
+    """Give the system what torch's allocator has kept of tensors that are gone, where that is much."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if kept > KEPT_WORKSPACE:
+            torch.cuda.empty_cache()
