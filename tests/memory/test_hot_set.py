@@ -9,7 +9,7 @@ import torch
 
 from ds_offload.kernels.admit_state import AdmitState
 from ds_offload.kernels.new_token import new_token
-from ds_offload.memory.hot_set import HotSet
+from ds_offload.memory.hot_set import KEPT_WORKSPACE, HotSet, _give_back_workspace
 from ds_offload.memory.kv_store import KVStore
 from ds_offload.memory.pinned_pool import PinnedPool
 from ds_offload.memory.window import AttentionWindow
@@ -99,6 +99,20 @@ def test_there_are_fewer_slots_where_the_memory_has_gone(
     none, _ = make(20, AttentionWindow(2, 3), sequences=1, least=6)
     with pytest.raises(torch.OutOfMemoryError):
         none.begin_step()
+
+
+@pytest.mark.parametrize(("kept", "given_back"), [(KEPT_WORKSPACE + 1, [True]), (KEPT_WORKSPACE, [])])
+def test_a_long_prompts_workspace_goes_back_to_the_system(
+    kept: int, given_back: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 100 + kept)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 100)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: calls.append(True))
+    _give_back_workspace(torch.device("cuda"))
+    assert calls == given_back
+    _give_back_workspace(CPU)
+    assert calls == given_back
 
 
 def test_a_hit_moves_nothing_and_a_miss_evicts_the_least_recently_selected() -> None:
