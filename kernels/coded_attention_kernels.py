@@ -9,7 +9,7 @@ cores cut nothing but the weights.
 
 from __future__ import annotations
 
-from ds_offload.kernels.gather_kernels import begin_program, fetch_rows, wait_for_rows
+from ds_offload.kernels.gather_kernels import attending_program, wait_for_rows
 from ds_offload.kernels.kv_codec_kernels import code_halves, tail_numbers
 from ds_offload.kernels.slot_attention_kernels import NUMBERS, finite_peak, row_pointers, slot_tile
 from ds_offload.kernels.triton_runtime import jit, tl
@@ -27,15 +27,11 @@ def coded_vector_kernel(
     ROW_WORDS: tl.constexpr, WORDS_PAD: tl.constexpr, FETCH_TILE: tl.constexpr, FETCH_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """One split of one head, multiplied without tensor cores; see `slot_vector_kernel`."""
-    program = begin_program(progress, pairs, FETCHERS)
-    if FETCHERS > 0:
-        fetch_rows(
-            program, rows, addresses, missing, missing_slots, missing_counts, progress, timer,
-            fetch_layer, fetch_segments, missing_most, pairs, kv_heads, capacity, stride_b, stride_h, stride_row,
-            FETCHERS, 8, TIMED, PAIRS_PAD, FETCH_SEGMENT, ROW_WORDS, WORDS_PAD, FETCH_TILE,
-            FETCH_ALIGNMENT,
-        )  # fmt: skip
-    program -= FETCHERS
+    program = attending_program(
+        rows, addresses, missing, missing_slots, missing_counts, progress, timer,
+        fetch_layer, fetch_segments, missing_most, pairs, kv_heads, capacity, stride_b, stride_h, stride_row,
+        FETCHERS, 8, TIMED, PAIRS_PAD, FETCH_SEGMENT, ROW_WORDS, WORDS_PAD, FETCH_TILE, FETCH_ALIGNMENT,
+    )  # fmt: skip
     if program >= 0:
         pair = (program // list_splits % pairs).to(tl.int64)
         head = pair * G + program // (list_splits * pairs)
@@ -103,15 +99,11 @@ def coded_tensor_core_kernel(
     ROW_WORDS: tl.constexpr, WORDS_PAD: tl.constexpr, FETCH_TILE: tl.constexpr, FETCH_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """One split of up to HEADS query heads of a KV head, on the tensor cores; see `slot_tensor_core_kernel`."""
-    program = begin_program(progress, pairs, FETCHERS)
-    if FETCHERS > 0:
-        fetch_rows(
-            program, rows, addresses, missing, missing_slots, missing_counts, progress, timer,
-            fetch_layer, fetch_segments, missing_most, pairs, kv_heads, capacity, stride_b, stride_h, stride_row,
-            FETCHERS, 8, TIMED, PAIRS_PAD, FETCH_SEGMENT, ROW_WORDS, WORDS_PAD, FETCH_TILE,
-            FETCH_ALIGNMENT,
-        )  # fmt: skip
-    program -= FETCHERS
+    program = attending_program(
+        rows, addresses, missing, missing_slots, missing_counts, progress, timer,
+        fetch_layer, fetch_segments, missing_most, pairs, kv_heads, capacity, stride_b, stride_h, stride_row,
+        FETCHERS, 8, TIMED, PAIRS_PAD, FETCH_SEGMENT, ROW_WORDS, WORDS_PAD, FETCH_TILE, FETCH_ALIGNMENT,
+    )  # fmt: skip
     if program >= 0:
         pair = (program // list_splits % pairs).to(tl.int64)
         member = program // (list_splits * pairs) * HEADS + tl.arange(0, HEADS)

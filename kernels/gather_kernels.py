@@ -85,32 +85,30 @@ def wait_for_rows(fetched, counts, pair):
 
 
 @jit
-def begin_program(progress, pairs, FETCHERS: tl.constexpr):
-    """This program's number; the first FETCHERS that begin have the lowest."""
-    program = tl.program_id(0)
-    if FETCHERS > 0:
-        program = tl.atomic_add(counter(progress, pairs), 1, sem="relaxed")
-    return program
-
-
-@jit
-def fetch_rows(
-    program, rows, addresses, tokens, slots, counts, progress, timer, layer, segments, kept,
+def attending_program(
+    rows, addresses, tokens, slots, counts, progress, timer, layer, segments, kept,
     pairs, heads, capacity, stride_b, stride_h, stride_slot,
     FETCHERS: tl.constexpr, ELEMENT_BITS: tl.constexpr, TIMED: tl.constexpr, PAIRS_PAD: tl.constexpr,
     FETCH_SEGMENT: tl.constexpr, ROW_WORDS: tl.constexpr, WORDS_PAD: tl.constexpr, FETCH_TILE: tl.constexpr,
     FETCH_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """The share of one of a launch's FETCHERS first programs; strides of `rows` in elements."""
-    if program < FETCHERS:
-        words = rows.to(tl.pointer_type(tl.int32))
-        per_word: tl.constexpr = 32 // ELEMENT_BITS
-        copy_tiles(
-            program, FETCHERS, addresses, tokens, slots, counts, words, progress, timer,
-            pairs, layer, heads, kept, segments, capacity,
-            stride_b // per_word, stride_h // per_word, stride_slot // per_word,
-            True, True, TIMED, PAIRS_PAD, FETCH_SEGMENT, ROW_WORDS, WORDS_PAD, FETCH_TILE, FETCH_ALIGNMENT,
-        )  # fmt: skip
+    """This program's number among those that attend; below 0 for the FETCHERS that begin first, their rows copied.
+
+    Strides of `rows` are in elements.
+    """
+    program = tl.program_id(0)
+    if FETCHERS > 0:
+        program = tl.atomic_add(counter(progress, pairs), 1, sem="relaxed")
+        if program < FETCHERS:
+            words = rows.to(tl.pointer_type(tl.int32))
+            per_word: tl.constexpr = 32 // ELEMENT_BITS
+            copy_tiles(
+                program, FETCHERS, addresses, tokens, slots, counts, words, progress, timer,
+                pairs, layer, heads, kept, segments, capacity,
+                stride_b // per_word, stride_h // per_word, stride_slot // per_word,
+                True, True, TIMED, PAIRS_PAD, FETCH_SEGMENT, ROW_WORDS, WORDS_PAD, FETCH_TILE, FETCH_ALIGNMENT,
+            )  # fmt: skip
+    return program - FETCHERS
 
 
 @jit(do_not_specialize=["pairs", "layer", "kept", "segments", "capacity"])

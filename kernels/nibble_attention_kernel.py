@@ -5,7 +5,7 @@ Words of codes are computed with as they are, since unpacking them takes longer 
 
 from __future__ import annotations
 
-from ds_offload.kernels.gather_kernels import begin_program, fetch_rows, wait_for_rows
+from ds_offload.kernels.gather_kernels import attending_program, wait_for_rows
 from ds_offload.kernels.kv_codec_kernels import tail_numbers
 from ds_offload.kernels.slot_attention_kernels import NUMBERS, finite_peak, row_pointers, slot_tile
 from ds_offload.kernels.triton_runtime import jit, tl
@@ -56,15 +56,11 @@ def nibble_vector_kernel(
     apart, once a row. Powers of two bring products with `nibble` to 2^-60 and 2^(bit - 79) of what they stand for.
     """
     OFFSET: tl.constexpr = (2**BITS - 1) / 2
-    program = begin_program(progress, pairs, FETCHERS)
-    if FETCHERS > 0:
-        fetch_rows(
-            program, rows, addresses, missing, missing_slots, missing_counts, progress, timer,
-            fetch_layer, fetch_segments, missing_most, pairs, kv_heads, capacity, stride_b, stride_h, stride_row,
-            FETCHERS, 8, TIMED, PAIRS_PAD, FETCH_SEGMENT, ROW_WORDS, WORDS_PAD, FETCH_TILE,
-            FETCH_ALIGNMENT,
-        )  # fmt: skip
-    program -= FETCHERS
+    program = attending_program(
+        rows, addresses, missing, missing_slots, missing_counts, progress, timer,
+        fetch_layer, fetch_segments, missing_most, pairs, kv_heads, capacity, stride_b, stride_h, stride_row,
+        FETCHERS, 8, TIMED, PAIRS_PAD, FETCH_SEGMENT, ROW_WORDS, WORDS_PAD, FETCH_TILE, FETCH_ALIGNMENT,
+    )  # fmt: skip
     if program >= 0:
         pair = (program // list_splits % pairs).to(tl.int64)
         head = pair * G + program // (list_splits * pairs)

@@ -11,7 +11,7 @@ wait for those of their head before they read any.
 
 from __future__ import annotations
 
-from ds_offload.kernels.gather_kernels import begin_program, fetch_rows, wait_for_rows
+from ds_offload.kernels.gather_kernels import attending_program, wait_for_rows
 from ds_offload.kernels.segment_table import row_address
 from ds_offload.kernels.triton_runtime import jit, tl
 
@@ -93,15 +93,12 @@ def slot_vector_kernel(
 
     Each place of a tile keeps its own softmax and sum: warps exchange nothing before the end.
     """
-    program = begin_program(progress, pairs, FETCHERS)
-    if FETCHERS > 0:
-        fetch_rows(
-            program, rows, addresses, missing, missing_slots, missing_counts, progress, timer,
-            fetch_layer, fetch_segments, missing_most, pairs, kv_heads, capacity, stride_b, stride_h, stride_row,
-            FETCHERS, ELEMENT.primitive_bitwidth, TIMED, PAIRS_PAD, FETCH_SEGMENT, ROW_WORDS, WORDS_PAD, FETCH_TILE,
-            FETCH_ALIGNMENT,
-        )  # fmt: skip
-    program -= FETCHERS
+    program = attending_program(
+        rows, addresses, missing, missing_slots, missing_counts, progress, timer,
+        fetch_layer, fetch_segments, missing_most, pairs, kv_heads, capacity, stride_b, stride_h, stride_row,
+        FETCHERS, ELEMENT.primitive_bitwidth, TIMED, PAIRS_PAD, FETCH_SEGMENT, ROW_WORDS, WORDS_PAD, FETCH_TILE,
+        FETCH_ALIGNMENT,
+    )  # fmt: skip
     if program >= 0:
         pair = (program // list_splits % pairs).to(tl.int64)
         head = pair * G + program // (list_splits * pairs)
@@ -165,15 +162,12 @@ def slot_tensor_core_kernel(
     HEADS: tl.constexpr,
 ):  # fmt: skip
     """One split of up to HEADS query heads of a KV head, on the tensor cores."""
-    program = begin_program(progress, pairs, FETCHERS)
-    if FETCHERS > 0:
-        fetch_rows(
-            program, rows, addresses, missing, missing_slots, missing_counts, progress, timer,
-            fetch_layer, fetch_segments, missing_most, pairs, kv_heads, capacity, stride_b, stride_h, stride_row,
-            FETCHERS, ELEMENT.primitive_bitwidth, TIMED, PAIRS_PAD, FETCH_SEGMENT, ROW_WORDS, WORDS_PAD, FETCH_TILE,
-            FETCH_ALIGNMENT,
-        )  # fmt: skip
-    program -= FETCHERS
+    program = attending_program(
+        rows, addresses, missing, missing_slots, missing_counts, progress, timer,
+        fetch_layer, fetch_segments, missing_most, pairs, kv_heads, capacity, stride_b, stride_h, stride_row,
+        FETCHERS, ELEMENT.primitive_bitwidth, TIMED, PAIRS_PAD, FETCH_SEGMENT, ROW_WORDS, WORDS_PAD, FETCH_TILE,
+        FETCH_ALIGNMENT,
+    )  # fmt: skip
     if program >= 0:
         pair = (program // list_splits % pairs).to(tl.int64)
         member = program // (list_splits * pairs) * HEADS + tl.arange(0, HEADS)
