@@ -100,32 +100,40 @@ class HotSet:
         Raises:
             torch.OutOfMemoryError: There is not even room for as many as a step selects.
         """
-        if not self._made:
-            _give_back_workspace(self._recent.device)
-        while not self._made:
-            try:
-                self._make(self.capacity)
-                self._made = True
-            except torch.OutOfMemoryError:
-                if self.capacity <= self._least:
-                    raise
-                fewer = max(self._least, self.capacity * 3 // 4)
-                notice(
-                    f"less memory is free than before the prompt was read: the hot set has {fewer:,} slots a head "
-                    f"instead of {self.capacity:,}, and decoding is slower"
-                )
-                self.capacity = fewer
+        if self._made:
+            return
+        _give_back_workspace(self._recent.device)
+        while not self._fits():
+            fewer = max(self._least, self.capacity * 3 // 4)
+            notice(
+                f"less memory is free than before the prompt was read: the hot set has {fewer:,} slots a head "
+                f"instead of {self.capacity:,}, and decoding is slower"
+            )
+            self.capacity = fewer
+            self._leave_window()
+        self._made = True
 
-    def _make(self, capacity: int) -> None:
-        """Layer by layer, so that one layer's window is there twice at most."""
-        device = self._recent.device
+    def _leave_window(self) -> None:
+        """Let go of everything else: it makes room for fewer slots."""
         self._state.clear()
-        for layer, window in self._rows.items():
-            rows = self._empty(capacity, device)
-            rows[:, :, : self.first_place] = window[:, :, : self.first_place]
-            self._rows[layer] = rows
-        for layer in self._rows:
-            self._state[layer] = AdmitState.empty(*self._shape[:2], capacity, self._context, device)
+        for layer, rows in self._rows.items():
+            self._rows[layer] = rows[:, :, : self.first_place].clone()
+
+    def _fits(self) -> bool:
+        """Make the slots, layer by layer, so that one layer's window is there twice at most; whether there is room."""
+        device = self._recent.device
+        try:
+            for layer, window in self._rows.items():
+                rows = self._empty(self.capacity, device)
+                rows[:, :, : self.first_place] = window
+                self._rows[layer] = rows
+            for layer in self._rows:
+                self._state[layer] = AdmitState.empty(*self._shape[:2], self.capacity, self._context, device)
+        except torch.OutOfMemoryError:
+            if self.capacity <= self._least:
+                raise
+            return False
+        return True
 
     def begin_step(self) -> None:
         """A new token: what the last one's admissions selected counts as recent from here on."""

@@ -90,12 +90,8 @@ def run(
         from ds_offload.step_trace import check_trace
 
         check_trace(Path(trace), longest)
-    if checkpoint is not None:
-        from ds_offload.prefill_checkpoint import check_checkpoint_folder
-
-        check_checkpoint_folder(Path(checkpoint))
-
     from ds_offload.generator import OffloadedGenerator
+    from ds_offload.prefill_checkpoint import check_checkpoint_folder
     from ds_offload.preparation import PreparedModel
 
     prepared = PreparedModel.find(**dataclasses.asdict(model), config=config)
@@ -103,6 +99,9 @@ def run(
     if sampling.get("stop") and prepared.tokenizer is None:
         raise InputError("--stop needs a tokenizer, and this model's folder has none; leave --stop out")
     prepared.check_answer(ids, longest)
+    if checkpoint is not None:
+        # Makes the folder: behind everything else that is refused.
+        check_checkpoint_folder(Path(checkpoint))
     with OffloadedGenerator.from_prepared(prepared) as generator:
         answer(generator, ids, sampling, as_json, trace, checkpoint)
 

@@ -19,19 +19,32 @@ HEADS, DIM, LENGTH = 2, 8, 90
 
 
 def make(
-    capacity: int, window: AttentionWindow, sequences: int = 2, reuse: bool = True, admissions: int = 1, least: int = 1
+    capacity: int,
+    window: AttentionWindow,
+    sequences: int = 2,
+    reuse: bool = True,
+    admissions: int = 1,
+    least: int = 1,
+    layers: int = 1,
 ) -> tuple[HotSet, torch.Tensor]:
     pool = PinnedPool(CPU)
     shape = {"kv_heads": HEADS, "head_dim": DIM, "device": CPU}
+    numbers = range(3, 3 + layers)
     store = KVStore(
-        layers=[3], sequences=sequences, dtype=torch.float32, pool=pool, segment_tokens=16, max_tokens=LENGTH, **shape
+        layers=numbers,
+        sequences=sequences,
+        dtype=torch.float32,
+        pool=pool,
+        segment_tokens=16,
+        max_tokens=LENGTH,
+        **shape,
     )
     rows = torch.randn(sequences, HEADS, LENGTH, 2, DIM, generator=torch.Generator().manual_seed(0))
     for number in range(sequences):
         store.reserve(number, LENGTH)
         store.write_prompt(3, number, 0, rows[number])
     sizes = {"sequences": sequences, "capacity": capacity, "context": LENGTH, "admissions": admissions}
-    hot = HotSet(store, layers=[3], window=window, reuse=reuse, least=least, **sizes, **shape)
+    hot = HotSet(store, layers=numbers, window=window, reuse=reuse, least=least, **sizes, **shape)
     return hot, rows
 
 
@@ -113,6 +126,25 @@ def test_a_long_prompts_workspace_goes_back_to_the_system(
     assert calls == given_back
     _give_back_workspace(CPU)
     assert calls == given_back
+
+
+def test_what_was_made_of_too_large_a_hot_set_makes_room_for_a_smaller_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    hot, _ = make(16, AttentionWindow(2, 3), layers=4)
+    window = torch.randn(2, HEADS, 6, 2, DIM)
+    for layer in range(3, 7):
+        hot.rows(layer).copy_(window)
+    empty = HotSet._empty
+
+    def scarce(self: HotSet, capacity: int, device: torch.device) -> torch.Tensor:
+        if sum(rows.shape[2] - 6 for rows in self._rows.values()) + capacity > 4 * 12:
+            raise torch.OutOfMemoryError
+        return empty(self, capacity, device)
+
+    monkeypatch.setattr(HotSet, "_empty", scarce)
+    hot.begin_step()
+    assert hot.capacity == 12
+    for layer in range(3, 7):
+        assert hot.rows(layer).shape[2] == 6 + 12 and torch.equal(hot.rows(layer)[:, :, :6], window)
 
 
 def test_a_hit_moves_nothing_and_a_miss_evicts_the_least_recently_selected() -> None:
