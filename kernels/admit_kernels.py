@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from ds_offload.kernels.dependent_launch import follow, step_kernel
 from ds_offload.kernels.gather_kernels import counter
 from ds_offload.kernels.triton_runtime import jit, tl
 
 
-@jit(do_not_specialize=["places_stride", "context", "capacity", "kept", "first_place"])
+@step_kernel(do_not_specialize=["places_stride", "context", "capacity", "kept", "first_place"])
 def look_up_kernel(
     page,
     selected,
@@ -28,6 +29,7 @@ def look_up_kernel(
     missed[row, part * PART:]: indices of the part's missing tokens, ascending.
     sums[row, :, part]: missing, all, and recently selected tokens.
     """
+    follow()
     part = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     page += row * context
@@ -132,7 +134,7 @@ def _pop_slots(selected, queue, marks, victims, misses, now, TILE: tl.constexpr)
     return found
 
 
-@jit(do_not_specialize=["places_stride", "context", "capacity", "kept", "first_place", "listed_least", "parts"])
+@step_kernel(do_not_specialize=["places_stride", "context", "capacity", "kept", "first_place", "listed_least", "parts"])
 def settle_kernel(
     page,
     held,
@@ -166,6 +168,7 @@ def settle_kernel(
     BINS: tl.constexpr,
 ):
     """One program gives the missing tokens of one row their slots. Its threads exchange data through memory."""
+    follow()
     row = tl.program_id(0).to(tl.int64)
     page += row * context
     held += row * capacity

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ds_offload.kernels.dependent_launch import follow, step_kernel
 from ds_offload.kernels.segment_table import SegmentTable, row_address
-from ds_offload.kernels.triton_runtime import jit, launching, power_of_two, tl
+from ds_offload.kernels.triton_runtime import launching, power_of_two, tl
 
 
-@jit(do_not_specialize=["layer", "pairs", "segments"])
+@step_kernel(do_not_specialize=["layer", "pairs", "segments"])
 def _append_kernel(
     addresses,
     positions,
@@ -23,6 +24,7 @@ def _append_kernel(
     WORDS_PAD: tl.constexpr,
 ):
     """One program copies the row of one layer, sequence and KV head, as 4-byte words."""
+    follow()
     unit = tl.program_id(0) + tl.arange(0, 1)
     pair = unit % pairs
     layer += unit // pairs

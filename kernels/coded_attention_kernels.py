@@ -9,13 +9,14 @@ cores cut nothing but the weights.
 
 from __future__ import annotations
 
+from ds_offload.kernels.dependent_launch import follow, step_kernel
 from ds_offload.kernels.gather_kernels import attending_program, wait_for_rows
 from ds_offload.kernels.kv_codec_kernels import code_halves, tail_numbers
 from ds_offload.kernels.slot_attention_kernels import NUMBERS, finite_peak, row_pointers, slot_tile
-from ds_offload.kernels.triton_runtime import jit, tl
+from ds_offload.kernels.triton_runtime import tl
 
 
-@jit(do_not_specialize=NUMBERS)
+@step_kernel(do_not_specialize=NUMBERS)
 def coded_vector_kernel(
     query, rows, slots, factor, partial, stats, scale, kv_heads, count, slots_stride, capacity,
     stride_b, stride_h, stride_row, layer, segments, splits, first_split,
@@ -27,6 +28,7 @@ def coded_vector_kernel(
     ROW_WORDS: tl.constexpr, WORDS_PAD: tl.constexpr, FETCH_TILE: tl.constexpr, FETCH_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """One split of one head, multiplied without tensor cores; see `slot_vector_kernel`."""
+    follow()
     program = attending_program(
         rows, addresses, missing, missing_slots, missing_counts, progress, timer,
         fetch_layer, fetch_segments, missing_most, pairs, kv_heads, capacity, stride_b, stride_h, stride_row,
@@ -86,7 +88,7 @@ def coded_vector_kernel(
         tl.store(partial + part * 2 * HALF + HALF + channel, tl.sum(acc2 * fade[:, None], 0), mask=known)
 
 
-@jit(do_not_specialize=NUMBERS)
+@step_kernel(do_not_specialize=NUMBERS)
 def coded_tensor_core_kernel(
     query, rows, slots, factor, partial, stats, scale, kv_heads, count, slots_stride, capacity,
     stride_b, stride_h, stride_row, layer, segments, splits, first_split,
@@ -99,6 +101,7 @@ def coded_tensor_core_kernel(
     ROW_WORDS: tl.constexpr, WORDS_PAD: tl.constexpr, FETCH_TILE: tl.constexpr, FETCH_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """One split of up to HEADS query heads of a KV head, on the tensor cores; see `slot_tensor_core_kernel`."""
+    follow()
     program = attending_program(
         rows, addresses, missing, missing_slots, missing_counts, progress, timer,
         fetch_layer, fetch_segments, missing_most, pairs, kv_heads, capacity, stride_b, stride_h, stride_row,

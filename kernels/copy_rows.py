@@ -7,10 +7,14 @@ from torch import Tensor
 
 from ds_offload.kernels.triton_runtime import jit, launching, tl
 
-# Few: writes that come faster than the link takes them stand in the way of what the compute stream reads and writes.
-PROGRAMS = 2
+# So small that they find a place beside the programs of a matrix product, which take nearly all of a multiprocessor's
+# registers. Sixteen keep up with a prefill; more send writes faster than the link takes them, which stand in the way of
+# what the compute stream reads and writes. docs/benchmarks.md has what other sizes cost.
+PROGRAMS = 16
+WARPS = 1
+REGISTERS = 32
 # Words of 4 bytes that a program has in flight.
-_TILE = 8192
+TILE = 512
 
 
 @jit(do_not_specialize=["heads", "tiles"])
@@ -44,10 +48,10 @@ def copy_rows(source: Tensor, target: Tensor) -> None:
     # The innermost dimension holds whole words, as in the store.
     of, to = source.view(torch.int32), target.view(torch.int32)
     words = of.numel() // heads
-    tiles = -(-words // _TILE)
+    tiles = -(-words // TILE)
     with launching(source.device, "copy_rows"):
         _copy_kernel[(min(PROGRAMS, heads * tiles),)](
-            of, to, words, of.stride(0), to.stride(0), heads, tiles, TILE=_TILE, num_warps=8
+            of, to, words, of.stride(0), to.stride(0), heads, tiles, TILE=TILE, num_warps=WARPS, maxnreg=REGISTERS
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ds_offload.kernels.dependent_launch import follow, step_kernel
 from ds_offload.kernels.segment_table import row_address
 from ds_offload.kernels.triton_runtime import jit, tl
 
@@ -111,7 +112,7 @@ def attending_program(
     return program - FETCHERS
 
 
-@jit(do_not_specialize=["pairs", "layer", "kept", "segments", "capacity"])
+@step_kernel(do_not_specialize=["pairs", "layer", "kept", "segments", "capacity"])
 def gather_kernel(
     addresses, tokens, slots, counts, out, timer,
     pairs, layer, heads, kept, segments, capacity, stride_b, stride_h, stride_slot,
@@ -119,6 +120,7 @@ def gather_kernel(
     ROW_WORDS: tl.constexpr, WORDS_PAD: tl.constexpr, TILE_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     """Copy rows, and nothing else; see `copy_tiles`."""
+    follow()
     copy_tiles(
         tl.program_id(0), tl.num_programs(0), addresses, tokens, slots, counts, out, None, timer,
         pairs, layer, heads, kept, segments, capacity, stride_b, stride_h, stride_slot,

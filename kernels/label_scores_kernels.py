@@ -18,10 +18,11 @@ For 16 bits they are the query's kept channels, float32, times the scaling.
 
 from __future__ import annotations
 
+from ds_offload.kernels.dependent_launch import follow, step_kernel
 from ds_offload.kernels.triton_runtime import jit, tl
 
 
-@jit(do_not_specialize=["stride_b", "stride_h", "stride_d"])
+@step_kernel(do_not_specialize=["stride_b", "stride_h", "stride_d"])
 def arrange_kernel(
     query,
     channels,
@@ -41,6 +42,7 @@ def arrange_kernel(
     LEAST_PEAK: tl.constexpr,
 ):
     """One query head: gathers its kept channels, quantises and arranges them. WIDTH is a row's bytes, or its halves."""
+    follow()
     row = tl.program_id(0).to(tl.int64)
     head = row % heads
     slot = tl.arange(0, PER)[:, None]
@@ -163,7 +165,7 @@ def head_scores(words, scale, live, query, BITS: tl.constexpr, WORDS: tl.constex
     return tl.where(live, scores, float("-inf"))
 
 
-@jit(do_not_specialize=["labels", "head_stride", "max_length"])
+@step_kernel(do_not_specialize=["labels", "head_stride", "max_length"])
 def scores_kernel(
     labels,
     query,
@@ -182,6 +184,7 @@ def scores_kernel(
     PTX: tl.constexpr,
 ):
     """Scores of one block of tokens for HEADS heads of a group: out [B, H, max_length]."""
+    follow()
     first = tl.program_id(0).to(tl.int64) * BLOCK
     pair = tl.program_id(1).to(tl.int64)
     head = (pair * tl.num_programs(2) + tl.program_id(2)) * HEADS
@@ -201,7 +204,7 @@ def scores_kernel(
             tl.store(out + g * max_length, tl.full([BLOCK], float("-inf"), tl.float32), mask=token < max_length)
 
 
-@jit(do_not_specialize=["labels", "head_stride", "blocks"])
+@step_kernel(do_not_specialize=["labels", "head_stride", "blocks"])
 def partials_kernel(
     labels,
     query,
@@ -223,6 +226,7 @@ def partials_kernel(
 
     Blocks without tokens are left as they are: `totals_kernel` does not read them.
     """
+    follow()
     block = tl.program_id(0).to(tl.int64)
     pair = tl.program_id(1).to(tl.int64)
     head = (pair * tl.num_programs(2) + tl.program_id(2)) * HEADS
@@ -241,9 +245,10 @@ def partials_kernel(
             tl.store(target + blocks, tl.sum(tl.exp2(scores - peak), 0))
 
 
-@jit(do_not_specialize=["blocks"])
+@step_kernel(do_not_specialize=["blocks"])
 def totals_kernel(partials, lengths, totals, heads, blocks, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """A head's peak and one over its sum of 2 ** (score - peak), from its blocks in a fixed order: [B * H, 2]."""
+    follow()
     head = tl.program_id(0).to(tl.int64)
     used = (tl.load(lengths + head // heads) + (BLOCK - 1)) // BLOCK
     partials += head * 2 * blocks
@@ -261,7 +266,7 @@ def totals_kernel(partials, lengths, totals, heads, blocks, BLOCK: tl.constexpr,
     tl.store(totals + head * 2 + 1, 1.0 / tl.where(used > 0, tl.sum(sums, 0), 1.0))
 
 
-@jit(do_not_specialize=["labels", "head_stride", "max_length"])
+@step_kernel(do_not_specialize=["labels", "head_stride", "max_length"])
 def weights_kernel(
     labels,
     query,
@@ -281,6 +286,7 @@ def weights_kernel(
     PTX: tl.constexpr,
 ):
     """Weights of one block of tokens, summed over the G heads of a group: out [B, Hkv, max_length]."""
+    follow()
     first = tl.program_id(0).to(tl.int64) * BLOCK
     pair = tl.program_id(1).to(tl.int64)
     start = tl.load(starts + pair // kv_heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ds_offload.kernels.dependent_launch import follow, step_kernel
 from ds_offload.kernels.triton_runtime import jit, tl
 
 
@@ -33,9 +34,10 @@ def rotated(head, channel, live, cos, sin, weight, scale, D: tl.constexpr, NORME
     return (value * cosine + turned * sine).to(head.dtype.element_ty).to(tl.float32)
 
 
-@jit
+@step_kernel
 def rotate_kernel(heads, cos, sin, out, weight, eps, count, D: tl.constexpr, D_PAD: tl.constexpr, NORMED: tl.constexpr):
     """One program rotates one head of one sequence."""
+    follow()
     head = tl.program_id(0).to(tl.int64)
     b = head // count
     channel = tl.arange(0, D_PAD)
@@ -47,7 +49,7 @@ def rotate_kernel(heads, cos, sin, out, weight, eps, count, D: tl.constexpr, D_P
     tl.store(out + head * D + channel, value.to(out.dtype.element_ty), mask=live)
 
 
-@jit(do_not_specialize=["stride_b", "stride_h", "stride_slot", "sinks", "ring", "head_stride"])
+@step_kernel(do_not_specialize=["stride_b", "stride_h", "stride_slot", "sinks", "ring", "head_stride"])
 def new_token_kernel(
     projected,
     cos,
@@ -86,6 +88,7 @@ def new_token_kernel(
     FLOAT16_MAX: tl.constexpr,
 ):
     """One program does everything for one KV head of one sequence and its G query heads."""
+    follow()
     pair = tl.program_id(0).to(tl.int64)
     b = pair // kv_heads
     h = pair % kv_heads

@@ -5,6 +5,7 @@ Words of codes are computed with as they are, since unpacking them takes longer 
 
 from __future__ import annotations
 
+from ds_offload.kernels.dependent_launch import follow, step_kernel
 from ds_offload.kernels.gather_kernels import attending_program, wait_for_rows
 from ds_offload.kernels.kv_codec_kernels import tail_numbers
 from ds_offload.kernels.slot_attention_kernels import NUMBERS, finite_peak, row_pointers, slot_tile
@@ -39,7 +40,7 @@ def half_of_words(query, factor, word, scale, HALF: tl.constexpr, BYTE: tl.const
     return q * tl.load(factor + channel, mask=channel < HALF, other=0.0) * scale
 
 
-@jit(do_not_specialize=NUMBERS)
+@step_kernel(do_not_specialize=NUMBERS)
 def nibble_vector_kernel(
     query, rows, slots, factor, partial, stats, scale, kv_heads, count, slots_stride, capacity,
     stride_b, stride_h, stride_row, layer, segments, splits, first_split,
@@ -55,6 +56,7 @@ def nibble_vector_kernel(
     A byte has a code of each half. A number is centre + step * (code - 7.5): what does not depend on the code is summed
     apart, once a row. Powers of two bring products with `nibble` to 2^-60 and 2^(bit - 79) of what they stand for.
     """
+    follow()
     OFFSET: tl.constexpr = (2**BITS - 1) / 2
     program = attending_program(
         rows, addresses, missing, missing_slots, missing_counts, progress, timer,

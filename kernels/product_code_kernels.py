@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ds_offload.kernels.dependent_launch import follow, step_kernel
 from ds_offload.kernels.triton_runtime import jit, tl
 
 
@@ -12,7 +13,7 @@ def halves(value, dtype: tl.constexpr):
     return high, (value - high.to(tl.float32)).to(dtype)
 
 
-@jit(do_not_specialize=["labels", "stride_h", "stride_t", "stride_d", "head_stride", "tokens"])
+@step_kernel(do_not_specialize=["labels", "stride_h", "stride_t", "stride_d", "head_stride", "tokens"])
 def encode_kernel(
     keys,
     stride_h,
@@ -42,6 +43,7 @@ def encode_kernel(
     which are exact there, with both halves of what they are multiplied with (`halves`), others in three passes of
     float32's precision.
     """
+    follow()
     h = tl.program_id(1).to(tl.int64)
     place = tl.program_id(2)
     channel = tl.arange(0, D_PAD)

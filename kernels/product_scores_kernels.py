@@ -8,11 +8,12 @@ in 64 bytes: whatever entries the threads of a warp want, they lie in different 
 
 from __future__ import annotations
 
+from ds_offload.kernels.dependent_launch import follow, step_kernel
 from ds_offload.kernels.label_scores_kernels import row_words
 from ds_offload.kernels.triton_runtime import jit, tl
 
 
-@jit(do_not_specialize=["stride_b", "stride_h", "stride_d"])
+@step_kernel(do_not_specialize=["stride_b", "stride_h", "stride_d"])
 def entries_kernel(
     query,
     turn,
@@ -33,6 +34,7 @@ def entries_kernel(
 
     The head's matrix is what takes the time, so its rows are shared out among many programs.
     """
+    follow()
     row = tl.program_id(0).to(tl.int64)
     b = row // heads
     h = row % heads // G
@@ -52,7 +54,7 @@ def entries_kernel(
     tl.store(entries + (row * PARTS + part)[:, None] * 16 + word[None, :], sums, mask=there[:, None])
 
 
-@jit
+@step_kernel
 def table_kernel(
     entries,
     table,
@@ -64,6 +66,7 @@ def table_kernel(
     LEAST_RANGE: tl.constexpr,
 ):
     """One pack's table out of its heads' entries, and each head's step and offset: factors [B * H, 2]."""
+    follow()
     pack = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS_PAD)
     there = part < PARTS
@@ -131,7 +134,7 @@ def store_row(out, row, token, length, values, ALIGNMENT: tl.constexpr):
     tl.store(tl.multiple_of(out + row * length + token, ALIGNMENT), values, mask=inside)
 
 
-@jit(do_not_specialize=["labels", "head_stride", "max_length"])
+@step_kernel(do_not_specialize=["labels", "head_stride", "max_length"])
 def scores_kernel(
     labels,
     table,
@@ -151,6 +154,7 @@ def scores_kernel(
     BLOCK: tl.constexpr,
 ):
     """Scores of one block of tokens with one query head per KV head: out [B, Hkv, max_length], int16: the sums."""
+    follow()
     WHOLE: tl.constexpr = out.dtype.element_ty == tl.int16
     first = tl.program_id(0).to(tl.int64) * BLOCK
     pair = tl.program_id(1).to(tl.int64)
@@ -173,7 +177,7 @@ def scores_kernel(
     store_row(out, pair, token, max_length, scores, ALIGNMENT)
 
 
-@jit(do_not_specialize=["labels", "head_stride", "group", "blocks", "sums_stride"])
+@step_kernel(do_not_specialize=["labels", "head_stride", "group", "blocks", "sums_stride"])
 def sums_kernel(
     labels,
     table,
@@ -200,6 +204,7 @@ def sums_kernel(
     Partials are [B * H, 2, blocks], as in kernels/label_scores_kernels.py. Blocks without
     tokens are left as they are: nothing reads them.
     """
+    follow()
     block = tl.program_id(0).to(tl.int64)
     pair = tl.program_id(1).to(tl.int64)
     pack = pair * tl.num_programs(2) + tl.program_id(2)
@@ -239,7 +244,7 @@ def log2(value, PTX: tl.constexpr):
         return tl.log2(value)
 
 
-@jit(do_not_specialize=["max_length"])
+@step_kernel(do_not_specialize=["max_length"])
 def weights_kernel(
     sums,
     factors,
@@ -258,6 +263,7 @@ def weights_kernel(
     PTX: tl.constexpr,
 ):
     """Weights of one block of tokens, summed over a group: out [B, Hkv, max_length], int16: their logarithms."""
+    follow()
     WORDS: tl.constexpr = 2 if HEADS > 2 else 1
     first = tl.program_id(0).to(tl.int64) * BLOCK
     pair = tl.program_id(1).to(tl.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ds_offload.kernels.dependent_launch import follow, step_kernel
 from ds_offload.kernels.select_row import ordered, row_end, row_keep
 from ds_offload.kernels.triton_runtime import jit, tl
 
@@ -44,7 +45,7 @@ def _find_bracket(keys, low, high, wanted_top, wanted_bottom, slack, SAMPLE: tl.
     return top_low, bottom_low
 
 
-@jit(do_not_specialize=["last", "keep", "first", "length", "count"])
+@step_kernel(do_not_specialize=["last", "keep", "first", "length", "count"])
 def bracket_kernel(
     scores,
     last,
@@ -64,6 +65,7 @@ def bracket_kernel(
 
     state[row]: the value above it, the one below it, and a counter set to 0.
     """
+    follow()
     row = tl.program_id(0).to(tl.int64)
     end = row_end(last, row, heads, length)
     wanted = row_keep(keep, row, rows_per_keep, count)

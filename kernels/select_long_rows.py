@@ -6,6 +6,7 @@ find the threshold in what lies inside it, write.
 
 from __future__ import annotations
 
+from ds_offload.kernels.dependent_launch import follow, step_kernel
 from ds_offload.kernels.select_row import (
     find_threshold,
     inner_keys,
@@ -41,7 +42,7 @@ def _classify(keys, counter, listed, top, bottom, LISTED: tl.constexpr):
     return above + ((to_top - above) << 16), found + (at_bottom << 16), place
 
 
-@jit(do_not_specialize=["last", "first", "length", "chunks"])
+@step_kernel(do_not_specialize=["last", "first", "length", "chunks"])
 def classify_kernel(
     scores,
     last,
@@ -61,6 +62,7 @@ def classify_kernel(
     table[row, :, chunk]: (above | at its top << 16), (inside | at its bottom << 16), place in the list.
     Chunks find their places in any order; nothing that is written to `out` depends on it.
     """
+    follow()
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     end = row_end(last, row, heads, length)
@@ -102,7 +104,7 @@ def _search_row(scores, row, first, last, length, low, high, wanted, BLOCK: tl.c
     return low
 
 
-@jit(do_not_specialize=["last", "keep", "first", "length", "count", "chunks"])
+@step_kernel(do_not_specialize=["last", "keep", "first", "length", "count", "chunks"])
 def threshold_kernel(
     scores,
     last,
@@ -127,6 +129,7 @@ def threshold_kernel(
     state[row, 3:7]: the threshold, how many that equal it are kept, how many are kept in all, how many equal it.
     table[row, :2, chunk]: tokens of earlier chunks above the threshold, and equal to it.
     """
+    follow()
     row = tl.program_id(0).to(tl.int64)
     end = row_end(last, row, heads, length)
     wanted = row_keep(keep, row, rows_per_keep, count)
@@ -213,7 +216,7 @@ def threshold_kernel(
     tl.store(state + row * 8 + 6, equal)
 
 
-@jit(do_not_specialize=["last", "first", "length", "count", "chunks"])
+@step_kernel(do_not_specialize=["last", "first", "length", "count", "chunks"])
 def write_kernel(
     scores,
     last,
@@ -229,6 +232,7 @@ def write_kernel(
     ALIGNMENT: tl.constexpr,
 ):
     """One program per chunk of a row: its kept tokens, and its share of the -1 behind the row's last."""
+    follow()
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     end = row_end(last, row, heads, length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ds_offload.kernels.dependent_launch import follow, step_kernel
 from ds_offload.kernels.triton_runtime import jit, tl
 
 
@@ -100,7 +101,7 @@ def write_rest(out, row, begin, step, count, WIDTH: tl.constexpr):
         tl.store(out + row * count + index, tl.full([WIDTH], -1, tl.int64), mask=index < count)
 
 
-@jit(do_not_specialize=["last", "keep", "first", "length", "count"])
+@step_kernel(do_not_specialize=["last", "keep", "first", "length", "count"])
 def select_row_kernel(
     scores,
     last,
@@ -116,6 +117,7 @@ def select_row_kernel(
     ALIGNMENT: tl.constexpr,
 ):
     """One program per row, which holds all of it."""
+    follow()
     row = tl.program_id(0).to(tl.int64)
     end = row_end(last, row, heads, length)
     wanted = row_keep(keep, row, rows_per_keep, count)

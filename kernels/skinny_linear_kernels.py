@@ -9,6 +9,7 @@ masks that would hide nothing are left out.
 
 from __future__ import annotations
 
+from ds_offload.kernels.dependent_launch import follow, step_kernel
 from ds_offload.kernels.triton_runtime import jit, tl
 
 
@@ -85,7 +86,7 @@ def finish(
     tl.store(out + offset, value.to(out.dtype.element_ty), mask=written)
 
 
-@jit(do_not_specialize=["n", "eps"])
+@step_kernel(do_not_specialize=["n", "eps"])
 def linear_tensor_core_kernel(
     x,
     w0,
@@ -111,6 +112,7 @@ def linear_tensor_core_kernel(
     STAGES: tl.constexpr,
 ):
     """BLOCK_M rows of weights times all columns; each of SPLITS warps multiplies its own part of every BLOCK_K."""
+    follow()
     PART: tl.constexpr = BLOCK_K // SPLITS
     # Squares of so many neighbours, which one thread has read, are added up at once.
     RUN: tl.constexpr = 8
@@ -156,7 +158,7 @@ def linear_tensor_core_kernel(
     finish(value, row < size, before + row, column, n, b0, b1, b2, residual, out, M0, M1, M2)
 
 
-@jit(do_not_specialize=["n", "eps"])
+@step_kernel(do_not_specialize=["n", "eps"])
 def linear_vector_kernel(
     x,
     w0,
@@ -185,6 +187,7 @@ def linear_vector_kernel(
     weights in L2. Each place of a tile keeps its own sum: warps exchange nothing before
     the end.
     """
+    follow()
     block = tl.program_id(0) // n
     column = tl.program_id(0) % n + tl.arange(0, 1)
     weight, size, row, before = place(block, w0, w1, w2, M0, M1, M2, BLOCK_M)

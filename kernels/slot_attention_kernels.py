@@ -11,6 +11,7 @@ wait for those of their head before they read any.
 
 from __future__ import annotations
 
+from ds_offload.kernels.dependent_launch import follow, step_kernel
 from ds_offload.kernels.gather_kernels import attending_program, wait_for_rows
 from ds_offload.kernels.segment_table import row_address
 from ds_offload.kernels.triton_runtime import jit, tl
@@ -78,7 +79,7 @@ def finite_peak(peak):
     return tl.where(peak == float("-inf"), 0.0, peak)
 
 
-@jit(do_not_specialize=NUMBERS)
+@step_kernel(do_not_specialize=NUMBERS)
 def slot_vector_kernel(
     query, rows, slots, partial, stats, scale, kv_heads, count, slots_stride, capacity,
     stride_b, stride_h, stride_row, layer, segments, splits, first_split,
@@ -93,6 +94,7 @@ def slot_vector_kernel(
 
     Each place of a tile keeps its own softmax and sum: warps exchange nothing before the end.
     """
+    follow()
     program = attending_program(
         rows, addresses, missing, missing_slots, missing_counts, progress, timer,
         fetch_layer, fetch_segments, missing_most, pairs, kv_heads, capacity, stride_b, stride_h, stride_row,
@@ -149,7 +151,7 @@ def slot_vector_kernel(
         tl.store(partial + part * D + channel, tl.sum(acc * fade[:, None], 0), mask=channel < D)
 
 
-@jit(do_not_specialize=NUMBERS)
+@step_kernel(do_not_specialize=NUMBERS)
 def slot_tensor_core_kernel(
     query, rows, slots, partial, stats, scale, kv_heads, count, slots_stride, capacity,
     stride_b, stride_h, stride_row, layer, segments, splits, first_split,
@@ -162,6 +164,7 @@ def slot_tensor_core_kernel(
     HEADS: tl.constexpr,
 ):  # fmt: skip
     """One split of up to HEADS query heads of a KV head, on the tensor cores."""
+    follow()
     program = attending_program(
         rows, addresses, missing, missing_slots, missing_counts, progress, timer,
         fetch_layer, fetch_segments, missing_most, pairs, kv_heads, capacity, stride_b, stride_h, stride_row,
@@ -219,7 +222,7 @@ def slot_tensor_core_kernel(
         tl.store(partial + part[:, None] * D + channel[None, :], acc, mask=written)
 
 
-@jit(do_not_specialize=["splits"])
+@step_kernel(do_not_specialize=["splits"])
 def combine_kernel(
     partial, stats, out, splits, D: tl.constexpr, SPLITS_TILE: tl.constexpr, CHANNELS_TILE: tl.constexpr
 ):
@@ -227,6 +230,7 @@ def combine_kernel(
 
     Splits without a slot come with peak -inf and sums 0: they change no bit.
     """
+    follow()
     head = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS_TILE + tl.arange(0, CHANNELS_TILE)
     peak = tl.full([1], float("-inf"), tl.float32)

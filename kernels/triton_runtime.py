@@ -14,15 +14,16 @@ import torch
 
 jit: Any
 tl: Any
+JITFunction: Any
 try:
     import triton
     import triton.language
 
-    jit, tl = triton.jit, triton.language
+    jit, tl, JITFunction = triton.jit, triton.language, triton.JITFunction
     HAS_TRITON = True
 except ImportError:
     HAS_TRITON = False
-    tl = None
+    tl = JITFunction = None
 
     def jit(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
         """Leave the kernel as it is: it is never launched."""
