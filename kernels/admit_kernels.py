@@ -187,7 +187,6 @@ def settle_kernel(
     some = tl.load(sums, mask=each < parts, other=0)
     wanted = tl.sum(tl.load(sums + parts, mask=each < parts, other=0), 0)
     misses = tl.sum(some, 0)
-    tl.store(moved + row, misses)
     tl.store(counter(progress, row), 0)
     tl.store(counter(progress, tl.num_programs(0)), 0)
     if COUNTED:
@@ -200,7 +199,8 @@ def settle_kernel(
             tl.store(counts + 3, tl.load(counts + 3) + again)
 
     if misses > 0:
-        if _pop_slots(selected, queue, marks, victims, misses, now, TILE) < misses:
+        found = _pop_slots(selected, queue, marks, victims, misses, now, TILE)
+        if found < misses:
             # Too few are left: list anew. Every thread has read the old marks.
             tl.debug_barrier()
             length = tl.minimum(tl.maximum(misses, listed_least), capacity - (wanted - misses))
@@ -209,7 +209,9 @@ def settle_kernel(
             tl.store(marks + 1, length)
             tl.store(marks + 2, now)
             tl.debug_barrier()
-            _pop_slots(selected, queue, marks, victims, misses, now, TILE)
+            found = _pop_slots(selected, queue, marks, victims, misses, now, TILE)
+        # Fewer than are missing only where stamps were not as they should be: a slot that was not found is not written.
+        misses = tl.minimum(misses, found)
         tl.debug_barrier()
         ends = tl.cumsum(some, 0)
         for first in range(0, misses, TILE):
@@ -231,3 +233,4 @@ def settle_kernel(
             tl.store(missing + i, token, mask=live)
             tl.store(missing_places + i, place, mask=live)
             tl.store(places + index, place, mask=live)
+    tl.store(moved + row, misses)

@@ -9,7 +9,7 @@ in 64 bytes: whatever entries the threads of a warp want, they lie in different 
 from __future__ import annotations
 
 from ds_offload.kernels.dependent_launch import follow, step_kernel
-from ds_offload.kernels.label_scores_kernels import row_words
+from ds_offload.kernels.label_rows import row_words
 from ds_offload.kernels.triton_runtime import jit, tl
 
 

@@ -111,9 +111,6 @@ class HotSet:
             )
             self.capacity = fewer
             self._leave_window()
-        if self._recent.is_cuda:
-            # Once: any stream may use them from here on.
-            torch.cuda.current_stream(self._recent.device).synchronize()
         self._made = True
 
     def _leave_window(self) -> None:

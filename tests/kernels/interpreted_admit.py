@@ -12,6 +12,7 @@ from ds_offload.kernels.admit import AdmitLaunch, admit_tokens_reference
 from ds_offload.kernels.admit_state import AdmitState, result_for
 
 CPU = torch.device("cpu")
+TOKENS = torch.tensor([[[7, 8, 9]]])
 
 
 def scalar(value: int) -> torch.Tensor:
@@ -71,6 +72,20 @@ def test_tokens_beyond_the_context_are_padding(monkeypatch: pytest.MonkeyPatch) 
     result = result_for(tokens, None)
     admit._launch(state, tokens, *[scalar(1)] * 2, 0, result, None, True)
     assert result.places.flatten().tolist() == [0, -1, -1] and result.moved.tolist() == [[1]]
+
+
+def test_a_stamp_that_was_not_advanced_writes_nothing_out_of_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an admission meets that does not wait for the step's own stamp: too few slots may be taken."""
+    # Scratch that holds what is no slot.
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(10**6))
+    state = AdmitState.empty(1, 1, 4, 20, CPU)
+    admit._launch(state, torch.tensor([[[1, 2, 3]]]), *[scalar(5)] * 2, 0, result_for(TOKENS, None), None, True)
+    held = state.tokens.clone()
+    result = result_for(TOKENS, None)
+    admit._launch(state, TOKENS, *[scalar(5)] * 2, 0, result, None, True)
+    assert result.places.tolist() == [[[3, -1, -1]]] and result.moved.tolist() == [[1]]
+    assert result.missing[0, 0, 0] == 7 and state.tokens.tolist() == [[[*held[0, 0, :3].tolist(), 7]]]
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 0), (0, 2, 3)])
