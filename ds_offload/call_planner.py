@@ -10,6 +10,7 @@ from ds_offload.calibration import Calibration, find_or_make_calibration
 from ds_offload.config import HOT_SETS, OffloadConfig
 from ds_offload.decoder import DecoderStack
 from ds_offload.dtypes import dtype_name
+from ds_offload.errors import InputError
 from ds_offload.loading import LoadedModel
 from ds_offload.memory.kept_blocks import KeptBlocks
 from ds_offload.memory.plan import MemoryPlan
@@ -46,6 +47,15 @@ class CallPlanner:
             self._open["kv_dtype"] = "auto"
         if config.calibration is not None:
             self._calibration = find_or_make_calibration(loaded, self.decoder, config.calibration)
+
+    def check_open(self) -> None:
+        """Refuse what needs the weights when they are gone.
+
+        Raises:
+            InputError: The generator is closed.
+        """
+        if "loaded" not in self.__dict__:
+            raise InputError("the generator is closed; make another with OffloadedGenerator.from_pretrained")
 
     def chooses(self, field: str) -> bool:
         """Whether `field` of the config was left open, to be chosen anew for each call."""

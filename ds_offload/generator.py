@@ -209,6 +209,7 @@ class OffloadedGenerator(CallPlanner):
         self.last_output = sequence.output(statistics.summary())
 
     def _sequences(self, prompts: list[Any], params: SamplingParams) -> list[Sequence]:
+        self.check_open()
         if not prompts:
             raise InputError("the batch is empty; give at least one prompt")
         room = room_of(self.config)

@@ -33,6 +33,7 @@ def read_document(
     checkpoint: str | Path | None = None,
 ) -> Session:
     """A session over a document; see `OffloadedGenerator.prefill`."""
+    generator.check_open()
     loaded, prompt = generator.loaded, None
     if isinstance(document, str):
         prompt, ids = DocumentPrompt.read(document, loaded.tokenizer)
@@ -61,6 +62,7 @@ def read_document(
 @torch.no_grad()
 def load_session(generator: OffloadedGenerator, path: str | Path) -> Session:
     """A session that was saved; see `OffloadedGenerator.load_session`."""
+    generator.check_open()
     folder = Path(path).expanduser().absolute()
     header = SessionHeader.read(folder)
     # Where the dtype of K/V was left open it is the session's.

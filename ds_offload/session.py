@@ -214,3 +214,4 @@ class Session:
             raise InputError("the session is closed; read the document again, or load a saved session")
         if self._conversation.answering:
             raise InputError("the session is still answering; take the whole stream, or close it first")
+        self._generator.check_open()

@@ -45,6 +45,24 @@ def test_forks_go_their_own_ways(gen: OffloadedGenerator) -> None:
         fork.close()
 
 
+def test_nothing_is_asked_of_a_closed_generator(tiny_llama: Path, tmp_path: Path) -> None:
+    gen = make(tiny_llama)
+    session = gen.prefill(DOCUMENT)
+    gen.close()
+    for call in (
+        lambda: gen.generate(DOCUMENT),
+        lambda: gen.stream(DOCUMENT),
+        lambda: gen.prefill(DOCUMENT),
+        lambda: gen.load_session(tmp_path),
+        lambda: session.ask(QUESTIONS[0]),
+        lambda: session.fork(),
+        lambda: session.save(tmp_path / "saved"),
+    ):
+        with pytest.raises(InputError, match="the generator is closed; make another"):
+            call()
+    session.close()
+
+
 def test_a_fork_of_the_whole_keeps_dense_layers_and_device_stores(tiny_llama: Path) -> None:
     for changes in ({"dense_layers": (0,)}, {"kv_location": "gpu"}, {"prefetch": "exact", "hot_set": 1}):
         with make(tiny_llama, **changes) as gen, gen.prefill(DOCUMENT) as session, session.fork() as fork:

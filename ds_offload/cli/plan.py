@@ -11,6 +11,7 @@ from ds_offload.cli.config_options import config_options
 from ds_offload.cli.option_groups import ModelOptions, model_options, read_number
 from ds_offload.config import OffloadConfig
 from ds_offload.errors import InputError
+from ds_offload.machine.published import PUBLISHED
 from ds_offload.notices import notice
 
 DOES_NOT_FIT = 1
@@ -27,7 +28,7 @@ def plan(
         typer.Option(
             "--gpu",
             metavar="NAME",
-            help="A GPU that need not be there, by its published figures: h100, a100, rtx4090, rtx3090, l4, a10g.",
+            help=f"A GPU that need not be there, by its published figures: {', '.join(PUBLISHED)}.",
         ),
     ] = None,
     as_json: Annotated[

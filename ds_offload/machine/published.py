@@ -35,8 +35,11 @@ class PublishedGpu:
 
 
 PUBLISHED: dict[str, PublishedGpu] = {
+    "h200": PublishedGpu("NVIDIA H200 SXM 141GB", 141 * 10**9, 4800, 5, 16, 989),
     "h100": PublishedGpu("NVIDIA H100 SXM 80GB", 80 * 10**9, 3350, 5, 16, 989),
     "a100": PublishedGpu("NVIDIA A100 SXM 80GB", 80 * 10**9, 2039, 4, 16, 312),
+    "l40s": PublishedGpu("NVIDIA L40S", 48 * 10**9, 864, 4, 16, 362),
+    "rtx5090": PublishedGpu("NVIDIA GeForce RTX 5090", 32 * 10**9, 1792, 5, 16, 209),
     "rtx4090": PublishedGpu("NVIDIA GeForce RTX 4090", 24 * 10**9, 1008, 4, 16, 165),
     "rtx3090": PublishedGpu("NVIDIA GeForce RTX 3090", 24 * 10**9, 936, 4, 16, 71),
     "l4": PublishedGpu("NVIDIA L4", 24 * 10**9, 300, 4, 16, 121),

@@ -72,8 +72,11 @@ def test_refusals(device: str, gpu: str | None, words: tuple[str, ...]) -> None:
         ("NVIDIA GeForce RTX 3090", "rtx3090"),
         ("NVIDIA L4", "l4"),
         ("NVIDIA A10G", "a10g"),
-        ("NVIDIA L40S", None),
-        ("NVIDIA H200", None),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GeForce RTX 5090", "rtx5090"),
+        ("NVIDIA L40", None),
+        ("NVIDIA GeForce RTX 4080", None),
     ],
 )
 def test_published_figures_by_the_driver_s_name(name: str, key: str | None) -> None:
