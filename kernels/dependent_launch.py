@@ -7,6 +7,7 @@ them leave, and wait there until all have ended and what they wrote can be read.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 
 from ds_offload.kernels.triton_runtime import HAS_TRITON, JITFunction, jit, tl
+
+# CUDA 12.3, the first whose drivers know dependent launches in graphs.
+CAPTURING_DRIVER = 12030
 
 
 @jit
@@ -43,7 +47,7 @@ class StepKernel:
 
     def _dependent(self) -> bool:
         # Triton's interpreter runs kernels on the CPU and knows no such option.
-        return isinstance(self.kernel, JITFunction) and _has_dependent_launches(torch.cuda.current_device())
+        return isinstance(self.kernel, JITFunction) and has_dependent_launches(torch.cuda.current_device())
 
 
 def step_kernel(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -56,5 +60,13 @@ def step_kernel(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 
 @cache
-def _has_dependent_launches(device: int) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+def has_dependent_launches(device: int) -> bool:
+    """Whether a device and its driver have them, inside of captured graphs too."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    version = ctypes.c_int(0)
+    try:
+        code = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return False
+    return code == 0 and version.value >= CAPTURING_DRIVER

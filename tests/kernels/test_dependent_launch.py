@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from ds_offload.kernels.dependent_launch import CAPTURING_DRIVER, has_dependent_launches
 from ds_offload.kernels.triton_runtime import HAS_TRITON
 
 if HAS_TRITON:
@@ -21,7 +24,8 @@ LATE = 20_000_000
 PROGRAMS = 4
 
 needs_dependent_launches = pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="launches are not dependent here"
+    torch.cuda.is_available() and not has_dependent_launches(0),
+    reason="no dependent launches here",
 )
 
 
@@ -46,6 +50,35 @@ def test_every_kernel_of_a_step_waits_first() -> None:
 def test_other_kernels_are_those_of_prompts() -> None:
     others = {node.name for decorator, node in entry_points() if decorator == "jit"}
     assert others == NOT_OF_A_STEP | {"encode_kernel", "decode_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "driver", "expected"),
+    [
+        ("13.0", (9, 0), 13000, True),
+        ("12.6", (9, 0), CAPTURING_DRIVER, True),
+        ("12.6", (9, 0), CAPTURING_DRIVER - 10, False),
+        ("13.0", (8, 9), 13000, False),
+        ("13.0", (9, 0), None, False),
+        (None, (9, 4), 13000, False),
+    ],
+)
+def test_devices_and_drivers_that_have_them(
+    cuda: str | None, capability: tuple[int, int], driver: int | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(pointer: Any) -> int:
+        pointer._obj.value = driver
+        return 0
+
+    def library(name: str) -> Any:
+        if driver is None:
+            raise OSError(name)
+        return SimpleNamespace(cuDriverGetVersion=version)
+
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    assert has_dependent_launches.__wrapped__(0) is expected
 
 
 def read_after_a_late_kernel(reader: Any, value: int, as_graph: bool) -> torch.Tensor:
