@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import shutil
+import tempfile
 from pathlib import Path
 from types import TracebackType
 
@@ -10,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from ds_offload.errors import InputError
-from ds_offload.notices import notice
+from ds_offload.notices import notice, warn
 
 # The first steps compile kernels and capture the graph; the profiler itself starts up in the next.
 SKIPPED_STEPS = 3
@@ -65,8 +66,17 @@ class StepTrace:
             self._profile.step()
 
     def _write(self, recorded: profile) -> None:
-        recorded.export_chrome_trace(str(self._path))
+        assert self._path is not None
         self._written = True
+        try:
+            # The profiler tells nobody that it could not write.
+            with tempfile.TemporaryDirectory() as folder:
+                made = Path(folder) / "trace.json"
+                recorded.export_chrome_trace(str(made))
+                shutil.copyfile(made, self._path)
+        except OSError as error:
+            warn(f"the trace was not written to {self._path}: {error.strerror}; the answer is not changed by that")
+            return
         notice(f"trace of {TRACED_STEPS} decode steps at most written to {self._path}")
 
 
@@ -84,5 +94,11 @@ def check_trace(path: Path, tokens: int) -> None:
     if path.is_dir() or not path.parent.is_dir():
         reason = "is a folder" if path.is_dir() else f"is in {path.parent}, which is no folder"
         raise InputError(f"trace={path} {reason}; give the name of a file in a folder that exists")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise InputError(f"cannot write to trace={path}; change its permissions, or give another file")
+    there = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to trace={path}: {error.strerror}; give another file") from error

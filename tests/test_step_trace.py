@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -72,14 +74,28 @@ def test_a_trace_that_cannot_be_written_is_refused_before_the_work(tmp_path: Pat
                 gen.stream(random_prompts(20)[0], max_new_tokens=20, trace=wrong)
 
 
-def test_a_trace_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that is there is asked itself, a new one's folder."""
-    there, new = tmp_path / "there.json", tmp_path / "folder" / "new.json"
-    there.touch()
-    new.parent.mkdir()
+def test_a_trace_that_may_not_be_written(tmp_path: Path) -> None:
+    there, new = tmp_path / "there.json", tmp_path / "new.json"
+    there.write_text("as it was")
     check_trace(there, 99)
     check_trace(new, 99)
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path) not in (there, new.parent))
-    for path in (there, new):
-        with pytest.raises(InputError, match=f"cannot write to trace={path}; change its permissions"):
-            check_trace(path, 99)
+    assert there.read_text() == "as it was" and not new.exists()
+    # A file system that takes no files, not even from root.
+    with pytest.raises(InputError, match=r"cannot write to trace=/proc/t\.json: No such file or directory; give"):
+        check_trace(Path("/proc/t.json"), 99)
+
+
+def test_a_trace_that_the_disk_has_no_room_for_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        assert json.loads(source.read_text())["traceEvents"]
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("ds_offload.step_trace.shutil.copyfile", full)
+    save_tiny(tmp_path, tiny_config("llama"))
+    with OffloadedGenerator.from_pretrained(str(tmp_path), device="cpu") as gen:
+        out = gen.generate(random_prompts(20)[0], max_new_tokens=9, trace=tmp_path / "t.json")
+    assert len(out.token_ids) == 9
+    assert "the trace was not written to" in (said := capsys.readouterr().err) and "No space left on device" in said
+    assert "written to" not in said.replace("not written to", "")
