@@ -185,7 +185,7 @@ def launch_encode(
     if tokens == 0:
         return
     block, blocks = _PROMPT if starts is None else _NEW
-    layout = code.layout
+    layout, halves = code.layout, keys.dtype in (torch.float16, torch.bfloat16)
     encode_kernel[(-(-tokens // (block * blocks)), kv_heads, layout.row_bytes // 4)](
         *(keys, *keys.stride()),
         *(code.mean, code.basis, code.words, starts, positions, out, out.stride(0), tokens),
@@ -194,10 +194,13 @@ def launch_encode(
         PARTS=layout.parts,
         ROW_WORDS=layout.row_bytes // 4,
         EACH=starts is not None,
-        HALVES=keys.dtype in (torch.float16, torch.bfloat16),
+        HALVES=halves,
         BLOCK=block,
         BLOCKS=blocks,
         num_warps=2,
+        # Keys of 32 bits that are loaded ahead would not fit the 99 KiB of shared memory that a multiprocessor of
+        # sm_86, 89 and 120 has for a program.
+        num_stages=3 if halves else 1,
     )
 
 

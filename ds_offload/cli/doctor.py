@@ -65,10 +65,10 @@ def _look(device_name: str, pin_limit: int, quick: bool) -> Iterator[Check]:
     torch_check = software.check_torch()
     device, pinned = None, None
     if torch_check.status == OK:
-        from ds_offload.devices import resolve_device
+        from ds_offload.devices import find_device
 
         # A wrong --device is refused before anything is printed.
-        device = resolve_device(device_name)
+        device = find_device(device_name)
     yield torch_check
     if device is not None:
         yield software.check_cuda(device)

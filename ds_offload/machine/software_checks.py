@@ -7,7 +7,7 @@ import platform
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from ds_offload.machine.check import OK, WARN, Check, attempt
+from ds_offload.machine.check import FAIL, OK, WARN, Check, attempt
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +43,10 @@ def check_torch() -> Check:
 
 
 def check_cuda(device: torch.device) -> Check:
-    """torch computes on the GPU."""
+    """torch computes on the GPU, and the kernels may."""
     import torch
+
+    from ds_offload.devices import unusable
 
     if device.type != "cuda":
         if torch.cuda.is_available():
@@ -61,7 +63,11 @@ def check_cuda(device: torch.device) -> Check:
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.version.cuda}, {torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
 
-    return attempt("cuda", work, "Install a driver that is new enough for this build of torch, or an older build.")
+    check = attempt("cuda", work, "Install a driver that is new enough for this build of torch, or an older build.")
+    reason = unusable(device) if check.status == OK else None
+    if reason is not None:
+        return Check("cuda", FAIL, reason, "Use another GPU, or --device cpu, which is slow.")
+    return check
 
 
 def check_driver(device: torch.device) -> Check:
