@@ -17,7 +17,7 @@ def test_kernels_compiled_for_other_gpus() -> None:
     file = Path(__file__).parent / "compiled_kernels.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+        [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", str(file)],
         cwd=file.parents[2],
         env=environment,
         capture_output=True,
