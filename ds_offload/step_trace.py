@@ -94,7 +94,7 @@ def check_trace(path: Path, tokens: int) -> None:
     if path.is_dir() or not path.parent.is_dir():
         reason = "is a folder" if path.is_dir() else f"is in {path.parent}, which is no folder"
         raise InputError(f"trace={path} {reason}; give the name of a file in a folder that exists")
-    there = path.exists()
+    there = path.exists() or path.is_symlink()
     try:
         with path.open("ab"):
             pass

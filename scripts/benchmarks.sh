@@ -73,6 +73,9 @@ bench int4-8b-1m decode --model llama-3.1-8b --ctx 1000000 --kv-dtype int4 --tok
 part=attention
 bench attention-short attention --batch 1,8,32 --ctx 4k,8k --samples 10
 bench attention-long attention --batch 1,8,32 --ctx 16k,64k --samples 10
+for share in 32 64; do
+  bench "attention-1-$share" attention --batch 32 --ctx 64k --token-budget "1/$share" --samples 5
+done
 
 part=kernels
 bench select select --samples 10

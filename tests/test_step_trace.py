@@ -80,6 +80,10 @@ def test_a_trace_that_may_not_be_written(tmp_path: Path) -> None:
     check_trace(there, 99)
     check_trace(new, 99)
     assert there.read_text() == "as it was" and not new.exists()
+    link = tmp_path / "link.json"
+    link.symlink_to(new)
+    check_trace(link, 99)
+    assert link.is_symlink()
     # A file system that takes no files, not even from root.
     with pytest.raises(InputError, match=r"cannot write to trace=/proc/t\.json: No such file or directory; give"):
         check_trace(Path("/proc/t.json"), 99)

@@ -91,7 +91,7 @@ def test_labels_of_a_prompt_fit_a_small_gpu(
         launch_encode(rows[:, :, 0], code, labels, None, None)
 
 
-@pytest.mark.parametrize("capability", [80, 89])
+@pytest.mark.parametrize("capability", [80, 89, 90])
 def test_linear_layers_fit(compiling: Callable[[int], Compiled], capability: int) -> None:
     compiled = compiling(capability)
     for tokens, channels in ((1, 4096), (16, 11008)):
