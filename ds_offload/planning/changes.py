@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from typing import Any
 
 from ds_offload.config import HOT_SETS, TOP_P_CAP, TokenBudget
 from ds_offload.dtypes import QUANTISED_BITS, dtype_name
@@ -18,8 +19,8 @@ LONGEST = 1 << 30
 HALVINGS = 2
 LEAST_SHARE = Fraction(1, 2)
 
-# Flags, and the request that they make.
-Change = tuple[list[str], Request]
+# Fields of a config, and `batch`, with other values.
+Change = dict[str, Any]
 
 
 def fits(request: Request, limits: MemoryLimits) -> bool:
@@ -65,13 +66,14 @@ def find_changes(request: Request, limits: MemoryLimits) -> list[str] | None:
 
     Tried alone, in this order: a smaller hot set, K/V at fewer bits, a smaller token budget, a
     context of at least half the length, fewer sequences. Then together: the smallest hot set with a
-    smaller budget; both with any context; all of them. The plan of what is returned fits.
+    smaller budget; both with any context; all of them, less what is not needed beside the others.
+    The plan of what is returned fits.
     """
     if fits(request, limits):
         return []
-    for flags, changed in _candidates(request, limits):
-        if fits(changed, limits):
-            return flags
+    for change in _candidates(request, limits):
+        if fits(_changed(request, change), limits):
+            return _flags(_needed(request, change, limits))
     return None
 
 
@@ -89,36 +91,58 @@ def kv_dir_hint(disk: int | None) -> str:
     return "" if disk is None else f"; or keep K/V in files: --kv-dir FOLDER with {memory_text(disk)} free, far slower"
 
 
+def _changed(request: Request, change: Change) -> Request:
+    fields = dict(change)
+    batch = fields.pop("batch", request.batch)
+    return dataclasses.replace(request.of(**fields) if fields else request, batch=batch)
+
+
+def _needed(request: Request, change: Change, limits: MemoryLimits) -> Change:
+    """A change that fits without what it fits without, too."""
+    for name in change:
+        less = {field: value for field, value in change.items() if field != name}
+        if fits(_changed(request, less), limits):
+            return _needed(request, less, limits)
+    return change
+
+
+def _flags(change: Change) -> list[str]:
+    names = {"hot_set": "hot-set", "kv_dtype": "kv-dtype", "token_budget": "token-budget", "max_context": "ctx"}
+    flags = []
+    for name, value in change.items():
+        text = f"{value:g}" if name == "hot_set" else str(value)
+        if name == "max_context" and value % 1024 == 0:
+            text = f"{value // 1024}k"
+        flags.append(f"--{names.get(name, name)} {text}")
+    return flags
+
+
 def _candidates(request: Request, limits: MemoryLimits) -> Iterator[Change]:
-    """Changed requests with their flags, the preferred first."""
+    """Changes of a request, the preferred first."""
     half = int(LEAST_SHARE * max(request.capacities))
     yield from _hot_sets(request)
     yield from _fewer_bits(request)
     yield from _budgets(request)
     yield from _shorter(request, limits, half)
     yield from _fewer(request, limits)
-    unchanged: Change = ([], request)
+    unchanged: Change = {}
     least_rows = [unchanged, *_hot_sets(request)][-1]
-    both = list(_after(least_rows, _budgets(least_rows[1])))
+    both = [least_rows | budget for budget in _budgets(request)]
     yield from both
-    yield from _after(least_rows, _shorter(least_rows[1], limits, half))
-    smallest = both[-1]
-    yield from _after(smallest, _shorter(smallest[1], limits, half))
-    yield from _after(smallest, _fewer(smallest[1], limits))
-    yield from _after(smallest, _shorter(smallest[1], limits, 1))
+    few_rows, fewest_rows = _changed(request, least_rows), _changed(request, both[-1])
+    yield from (least_rows | context for context in _shorter(few_rows, limits, half))
+    yield from (both[-1] | context for context in _shorter(fewest_rows, limits, half))
+    yield from (both[-1] | batch for batch in _fewer(fewest_rows, limits))
+    yield from (both[-1] | context for context in _shorter(fewest_rows, limits, 1))
     if request.prompts is None and request.batch > 1:
-        alone = dataclasses.replace(smallest[1], batch=1)
-        yield from _after(([*smallest[0], "--batch 1"], alone), _shorter(alone, limits, 1))
-
-
-def _after(first: Change, then: Iterator[Change]) -> Iterator[Change]:
-    return ((first[0] + flags, changed) for flags, changed in then)
+        alone = both[-1] | {"batch": 1}
+        yield from (alone | context for context in _shorter(_changed(request, alone), limits, 1))
 
 
 def _hot_sets(request: Request) -> Iterator[Change]:
     for multiple in HOT_SETS:
         if multiple < request.config.hot_set_multiple:
-            yield [f"--hot-set {multiple:g}"], request.of(hot_set=multiple)
+            yield {"hot_set": multiple}
 
 
 def _fewer_bits(request: Request) -> Iterator[Change]:
@@ -127,7 +151,7 @@ def _fewer_bits(request: Request) -> Iterator[Change]:
     bits = 0 if asked == "auto" else QUANTISED_BITS.get(asked, 16)
     for name, fewer in QUANTISED_BITS.items():
         if fewer < bits:
-            yield [f"--kv-dtype {name}"], request.of(kv_dtype=name)
+            yield {"kv_dtype": name}
 
 
 def _budgets(request: Request) -> Iterator[Change]:
@@ -138,7 +162,7 @@ def _budgets(request: Request) -> Iterator[Change]:
             smaller = TokenBudget(count=max(1, budget.count >> halving))
         else:
             smaller = TokenBudget(fraction=(budget.fraction or TOP_P_CAP) / 2**halving)
-        yield [f"--token-budget {smaller}"], request.of(token_budget=str(smaller))
+        yield {"token_budget": str(smaller)}
 
 
 def _shorter(request: Request, limits: MemoryLimits, least: int) -> Iterator[Change]:
@@ -146,10 +170,8 @@ def _shorter(request: Request, limits: MemoryLimits, least: int) -> Iterator[Cha
     least = max(least, request.least_context)
     longest = longest_context(request, limits, request.context - 1)
     rounded = longest // 1024 * 1024
-    if rounded >= least:
-        yield [f"--ctx {rounded // 1024}k"], request.of(max_context=rounded)
-    elif longest >= least:
-        yield [f"--ctx {longest}"], request.of(max_context=longest)
+    if longest >= least:
+        yield {"max_context": rounded if rounded >= least else longest}
 
 
 def _fewer(request: Request, limits: MemoryLimits) -> Iterator[Change]:
@@ -157,7 +179,7 @@ def _fewer(request: Request, limits: MemoryLimits) -> Iterator[Change]:
     if request.prompts is None:
         batch = _most(lambda count: fits(dataclasses.replace(request, batch=count), limits), request.batch - 1)
         if batch:
-            yield [f"--batch {batch}"], dataclasses.replace(request, batch=batch)
+            yield {"batch": batch}
 
 
 def longest_context(request: Request, limits: MemoryLimits, most: int | None = None) -> int:

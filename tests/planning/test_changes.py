@@ -93,6 +93,7 @@ def test_changes_make_it_fit(seed: int) -> None:
     elif flags:
         assert not fits(asked, limits)
         assert fits(applied(asked, flags), limits)
+        assert not any(fits(applied(asked, [*flags[:n], *flags[n + 1 :]]), limits) for n in range(len(flags)))
     else:
         assert fits(asked, limits)
 
@@ -155,6 +156,13 @@ def test_changes_are_combined_where_none_alone_is_enough() -> None:
     assert flags is not None and len(flags) > 1
     assert len({flag.split()[0] for flag in flags}) == len(flags)
     assert fits(applied(asked, flags), limits)
+
+
+def test_what_is_not_needed_beside_the_others_is_left_out() -> None:
+    """Where only the host is short, less on the device is of no use, however short the context becomes."""
+    asked = request("llama-2-7b", kv_dtype="int4")
+    (flag,) = find_changes(asked, limits_of(asked, host=0.3)) or [""]
+    assert flag.startswith("--ctx ")
 
 
 def test_prompts_that_are_there_stay() -> None:
