@@ -12,6 +12,7 @@ that q' . y = q . (k - mean): a score is the sum of D / 4 numbers, one for the w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +26,9 @@ PART = 4
 WORDS = 16
 # Tokens encoded at a time by the reference: bounds its distances to all words.
 REFERENCE_TOKENS = 1024
-# Tokens that a program of the encoding kernel takes at a time, and how often: of a prompt, and where each sequence
-# has one.
-_PROMPT, _NEW = (32, 32), (16, 1)
+# Tokens that a program of the encoding kernel takes at a time, how often, its warps, and the loads it runs ahead: of
+# a prompt of 16-bit keys, of wider ones, and where each sequence has one token.
+_PROMPT, _WIDE, _NEW = (64, 16, 4, 3), (32, 32, 2, 1), (16, 1, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -184,24 +185,33 @@ def launch_encode(
     kv_heads, tokens, head_dim = keys.shape
     if tokens == 0:
         return
-    block, blocks = _PROMPT if starts is None else _NEW
     layout, halves = code.layout, keys.dtype in (torch.float16, torch.bfloat16)
-    encode_kernel[(-(-tokens // (block * blocks)), kv_heads, layout.row_bytes // 4)](
+    # What runs ahead has to fit the 99 KiB of shared memory that sm_86, 89 and 120 have for a program.
+    block, blocks, warps, stages = _NEW if starts is not None else _PROMPT if halves and head_dim <= 128 else _WIDE
+    words = layout.row_bytes // 4
+    encode_kernel[(-(-tokens // (block * blocks)) * words, kv_heads)](
         *(keys, *keys.stride()),
         *(code.mean, code.basis, code.words, starts, positions, out, out.stride(0), tokens),
         D=head_dim,
         D_PAD=max(16, power_of_two(head_dim)),
         PARTS=layout.parts,
-        ROW_WORDS=layout.row_bytes // 4,
+        ROW_WORDS=words,
         EACH=starts is not None,
         HALVES=halves,
         BLOCK=block,
         BLOCKS=blocks,
-        num_warps=2,
-        # Keys of 32 bits that are loaded ahead would not fit the 99 KiB of shared memory that a multiprocessor of
-        # sm_86, 89 and 120 has for a program.
-        num_stages=3 if halves else 1,
+        ALIGNMENT=_alignment(keys),
+        num_warps=warps,
+        num_stages=stages,
     )
+
+
+def _alignment(keys: Tensor) -> int:
+    """Bytes, at most 16, that each key [D] of `keys` begins at a multiple of; an element's where keys are strided."""
+    size = keys.element_size()
+    if keys.stride(2) != 1:
+        return size
+    return math.gcd(16, keys.data_ptr(), *(stride * size for stride in keys.stride()[:2]))
 
 
 def pack_parts(numbers: Tensor, layout: ProductLayout) -> Tensor:

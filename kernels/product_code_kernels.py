@@ -13,7 +13,7 @@ def halves(value, dtype: tl.constexpr):
     return high, (value - high.to(tl.float32)).to(dtype)
 
 
-@step_kernel(do_not_specialize=["labels", "stride_h", "stride_t", "stride_d", "head_stride", "tokens"])
+@step_kernel(do_not_specialize=["labels", "stride_h", "stride_t", "head_stride", "tokens"])
 def encode_kernel(
     keys,
     stride_h,
@@ -35,17 +35,20 @@ def encode_kernel(
     HALVES: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     """One 32-bit word of the labels of BLOCKS x BLOCK tokens of one KV head: the nearest words of eight parts.
 
-    The key's 32 axes are one product, their products with all words of the eight parts
+    Programs of one head's tokens, a word each, are neighbours, so their keys come from memory once. A key begins at a
+    multiple of ALIGNMENT bytes. The key's 32 axes are one product, their products with all words of the eight parts
     another, with a matrix that is zero but for each part's own axes. Both run on the tensor cores: keys of 16 bits,
     which are exact there, with both halves of what they are multiplied with (`halves`), others in three passes of
     float32's precision.
     """
     follow()
     h = tl.program_id(1).to(tl.int64)
-    place = tl.program_id(2)
+    place = tl.program_id(0) % ROW_WORDS
+    first = (tl.program_id(0) // ROW_WORDS).to(tl.int64) * BLOCKS
     channel = tl.arange(0, D_PAD)
     inside = channel < D
     axis = place * 32 + tl.arange(0, 32)
@@ -68,9 +71,11 @@ def encode_kernel(
     keys += h * stride_h + channel[None, :] * stride_d
     target = (labels + h * head_stride).to(tl.pointer_type(tl.int32)) + place
     for number in range(BLOCKS):
-        token = (tl.program_id(0).to(tl.int64) * BLOCKS + number) * BLOCK + tl.arange(0, BLOCK)
+        token = (first + number) * BLOCK + tl.arange(0, BLOCK)
         live = token < tokens
-        key = tl.load(keys + token[:, None] * stride_t, mask=live[:, None] & inside[None, :], other=0.0)
+        # Strides are not known when it is compiled: without the hint it would be read channel by channel.
+        pointers = tl.multiple_of(keys + token[:, None] * stride_t, [1, ALIGNMENT])
+        key = tl.load(pointers, mask=live[:, None] & inside[None, :], other=0.0)
         if HALVES:
             axes = tl.dot(key, turn_high)
             axes = tl.dot(key, turn_low, axes) - middle[None, :]

@@ -10,7 +10,7 @@ from ds_offload.kernels.triton_runtime import jit, launching, tl
 _BLOCK = 2048
 
 
-@jit(do_not_specialize=["count"])
+@jit
 def _swiglu_kernel(gate, up, count, BLOCK: tl.constexpr):
     """One program does BLOCK numbers."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
