@@ -97,6 +97,25 @@ def test_an_event_taken_out_is_noticed(
 
 
 @pytest.mark.gpu
+def test_a_second_question_waits_for_what_the_first_left(folder: Path) -> None:
+    """Rows of an answer's last tokens may still be on their way to the store when the next question reads them."""
+
+    def second_answer(faults: Faults | None) -> torch.Tensor:
+        config = OffloadConfig(max_context=1024, token_budget=24, sink_tokens=1, recent_tokens=0, segment_tokens=64)
+        with OffloadedGenerator.from_pretrained(str(folder), config=config, device="cuda") as gen:
+            gen.faults = faults
+            gen.decoder.capturable = False
+            document, first, second = random_prompts(300, 5, 7)
+            with gen.prefill(document) as session:
+                session.ask(first, max_new_tokens=NEW)
+                return session.ask(second, max_new_tokens=1, output_logits=True).logits
+
+    expected, delay = second_answer(None), {"host_write": SLOW}
+    assert torch.equal(second_answer(Faults(delay=delay)), expected)
+    assert not torch.equal(second_answer(Faults(delay=delay, drop=frozenset({"kv"}))), expected)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("prefetch", ["exact", "speculative", "off"])
 def test_a_captured_step_equals_an_eager_one(folder: Path, prefetch: str) -> None:
     assert torch.equal(logits(folder, prefetch, "host"), logits(folder, prefetch, "host", capture=False))
