@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 # GB/s of one lane in one direction after line coding, by PCIe generation.
 _LANE_GB_PER_S = {3: 0.985, 4: 1.969, 5: 3.938}
-# Of these, what copies of pinned memory reach: the H100 of docs/gpu_check.md copied 53.8 of 63.0 GB/s.
+# Of these, what copies of pinned memory reach: an H100 copied 53.8 of 63.0 GB/s (docs/benchmarks.md).
 _LINK_SHARE = 0.85
 
 

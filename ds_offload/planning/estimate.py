@@ -21,9 +21,11 @@ HIT_RATES = ((0.0, 0.0), (1.25, 0.86), (2.0, 0.94), (4.0, 0.98))
 # a look-ahead: 1.2 % and 2.9 % of a selection for 2.2 % (SmolLM2-135M, two texts; prefetch/selection.py).
 IN_LINE, AHEAD = 1.2 / 2.2, 2.9 / 2.2
 # What a layer of a captured step takes beyond its bytes: Llama-3.1-8B's shape at 16K tokens without copies on an H100
-# (docs/benchmarks.md), and how much more where several programs share a row of scores (Llama-2-7B's at 128K).
+# and an H200 (docs/benchmarks.md); for each score where several programs share a row (Llama-2-7B's at 128K); and for
+# each further sequence (a batch of 8 at 32K).
 LAYER_OVERHEAD_S = 80e-6
-LONG_SELECTION_S = 85e-6
+LONG_SELECTION_S = 12e-12
+SEQUENCE_OVERHEAD_S = 8e-6
 # Label scores of grouped heads read the labels twice, and take as long as so many readings (at 512K, the same page).
 GROUPED_READINGS = 4
 # Rows far apart in host memory, the few that a hot set lacks: rows a second by how many of a KV head are missing, as
@@ -184,7 +186,8 @@ def _weights_read(source: ModelSource, batch: int) -> int:
 def _layer_overhead(shape: CacheShape) -> float:
     """Seconds that a layer takes beyond its bytes."""
     long = shape.scored and not select_launch(max(shape.capacities), shape.most_kept).block
-    return LAYER_OVERHEAD_S + (LONG_SELECTION_S if long else 0.0)
+    selection = LONG_SELECTION_S * shape.kv_heads * sum(shape.capacities) if long else 0.0
+    return LAYER_OVERHEAD_S + SEQUENCE_OVERHEAD_S * (len(shape.capacities) - 1) + selection
 
 
 def _rows_read(shape: CacheShape) -> int:
