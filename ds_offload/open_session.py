@@ -20,6 +20,7 @@ from ds_offload.prompts import encode_prompt
 from ds_offload.session import Session
 from ds_offload.session_file import read_calibration, read_session
 from ds_offload.session_header import SessionHeader, SessionIdentity, calibration_digest
+from ds_offload.session_place import recover
 
 if TYPE_CHECKING:
     from ds_offload.generator import OffloadedGenerator
@@ -64,6 +65,7 @@ def load_session(generator: OffloadedGenerator, path: str | Path) -> Session:
     """A session that was saved; see `OffloadedGenerator.load_session`."""
     generator.check_open()
     folder = Path(path).expanduser().absolute()
+    recover(folder)
     header = SessionHeader.read(folder)
     # Where the dtype of K/V was left open it is the session's.
     kv_dtype = header.identity.kv_dtype if generator.chooses("kv_dtype") else generator.config.kv_dtype

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +17,9 @@ from ds_offload.calibration import Calibration
 from ds_offload.context_copy import fill_window, synchronize
 from ds_offload.errors import InputError, LoadError
 from ds_offload.kv_context import KVContext
-from ds_offload.session_header import HEADER, REMEDY, SessionHeader, calibration_digest
-from ds_offload.tensor_file import FileRecord, check_file, read_tensor, sync_folder, write_file, write_tensor
+from ds_offload.session_header import REMEDY, SessionHeader, calibration_digest
+from ds_offload.session_place import HEADER, beside, check_place, held, put, recover
+from ds_offload.tensor_file import FileRecord, check_file, read_tensor, write_file, write_tensor
 
 LABELS = "labels.safetensors"
 WINDOW = "window.safetensors"
@@ -50,24 +50,13 @@ def write_session(folder: Path, header: SessionHeader, context: KVContext, calib
     check_place(folder)
     context.streams.join()
     synchronize(context)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    real = folder.resolve()
+    temporary = beside(real, "tmp")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        _check_room(folder, header.stored, context)
-        temporary.mkdir()
-        files = {CALIBRATION: write_file(temporary / CALIBRATION, [calibration.to_bytes()])}
-        tensors = list(_tensors(context, header.stored))
-        records = _in_threads(
-            lambda one: write_tensor(temporary / one.name, one.dtype, one.shape, one.parts()), tensors
-        )
-        files |= {one.name: record for one, record in zip(tensors, records, strict=True)}
-        header = dataclasses.replace(header, files=files)
-        write_file(temporary / HEADER, [header.to_bytes()])
-        _put(temporary, folder)
-    except InputError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        real.parent.mkdir(parents=True, exist_ok=True)
+        with held(real):
+            header = _write(temporary, header, context, calibration)
+            put(temporary, real)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
@@ -76,21 +65,17 @@ def write_session(folder: Path, header: SessionHeader, context: KVContext, calib
     return header
 
 
-def check_place(folder: Path) -> None:
-    """Refuse a place where something else than a session is, or where no folder can be made.
-
-    Raises:
-        InputError: It is such a place.
-    """
-    if (folder / HEADER).is_file():
-        return
-    if os.path.lexists(folder):
-        raise InputError(f"{folder} is there already and is no session; give another path")
-    above = next(parent for parent in folder.absolute().parents if os.path.lexists(parent))
-    if not above.is_dir():
-        raise InputError(f"cannot make the session {folder}: {above} is no folder; give another path")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"cannot make the session {folder}: {above} is not writable; give another path")
+def _write(folder: Path, header: SessionHeader, context: KVContext, calibration: Calibration) -> SessionHeader:
+    """Write all of a session to a new folder; the header with its files."""
+    _check_room(folder, header.stored, context)
+    folder.mkdir()
+    files = {CALIBRATION: write_file(folder / CALIBRATION, [calibration.to_bytes()])}
+    tensors = list(_tensors(context, header.stored))
+    records = _in_threads(lambda one: write_tensor(folder / one.name, one.dtype, one.shape, one.parts()), tensors)
+    files |= {one.name: record for one, record in zip(tensors, records, strict=True)}
+    header = dataclasses.replace(header, files=files)
+    write_file(folder / HEADER, [header.to_bytes()])
+    return header
 
 
 def read_calibration(folder: Path, header: SessionHeader) -> Calibration:
@@ -135,44 +120,12 @@ def verify_session(folder: Path) -> SessionHeader:
     Raises:
         LoadError: Something is missing or damaged.
     """
+    recover(folder)
     header = SessionHeader.read(folder)
     with _naming_the_remedy():
         _in_threads(lambda item: check_file(folder / item[0], item[1]), list(header.files.items()))
     read_calibration(folder, header)
     return header
-
-
-def remove_session(folder: Path) -> None:
-    """Delete a session, damaged or not; it is gone at once.
-
-    Raises:
-        InputError: There is none, it holds other things, too, or it may not be deleted.
-    """
-    remove_leftovers(folder)
-    if not (folder / HEADER).is_file():
-        raise InputError(f"{folder} is no session; `ds-offload session list` names them")
-    others = sorted(file.name for file in folder.iterdir() if file.name != HEADER and file.suffix != ".safetensors")
-    if others:
-        raise InputError(f"{folder} holds {others[0]}, which is not the session's; move that away first")
-    gone = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        os.rename(folder, gone)
-        shutil.rmtree(gone)
-    except OSError as error:
-        raise InputError(f"cannot remove {folder}: {error.strerror}; change its permissions") from None
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed while they saved to `folder` have left beside it."""
-    for kind in ("old", "tmp"):
-        for leftover in folder.parent.glob(f".{folder.name}.*.{kind}"):
-            pid = leftover.name.removeprefix(f".{folder.name}.").removesuffix(f".{kind}")
-            if not pid.isdigit() or (int(pid) != os.getpid() and Path(f"/proc/{pid}").exists()):
-                continue
-            if kind == "old" and not folder.exists():
-                os.rename(leftover, folder)
-            else:
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,22 +170,6 @@ def _check_room(folder: Path, tokens: int, context: KVContext) -> None:
             f"the session needs {needed / 2**30:.2f} GiB of disk and {folder.parent} has {free / 2**30:.2f} GiB left; "
             "free some, or give a path on another disk"
         )
-
-
-def _put(temporary: Path, folder: Path) -> None:
-    """Rename a folder into its place; what is there goes behind that."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old") if folder.exists() else None
-    if old is not None:
-        os.rename(folder, old)
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        if old is not None:
-            os.rename(old, folder)
-        raise
-    sync_folder(folder.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _record(folder: Path, header: SessionHeader, name: str) -> FileRecord:

@@ -15,11 +15,11 @@ from ds_offload.dtypes import QUANTISED_BITS, dtype_name
 from ds_offload.errors import InputError, LoadError
 from ds_offload.loading import LoadedModel
 from ds_offload.sealed_json import seal, unseal
+from ds_offload.session_place import HEADER
 from ds_offload.tensor_file import FileRecord, check_size
 
 FORMAT = "ds_offload.session"
 VERSION = 2
-HEADER = "session.json"
 # Where a file is damaged.
 REMEDY = "read the document again"
 

@@ -10,7 +10,7 @@ from tiny_models import random_prompts
 
 from ds_offload import OffloadConfig, OffloadedGenerator
 from ds_offload.session import Session
-from ds_offload.session_header import HEADER
+from ds_offload.session_place import HEADER
 
 NEW = 14
 DOCUMENT = random_prompts(150)[0]

@@ -9,7 +9,7 @@ from session_case import FILES, make
 
 from ds_offload.errors import LoadError
 from ds_offload.session_file import verify_session
-from ds_offload.session_header import HEADER
+from ds_offload.session_place import HEADER
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

@@ -15,7 +15,8 @@ from tiny_models import random_prompts, save_tiny, tiny_config
 from ds_offload import InputError, OffloadedGenerator
 from ds_offload.errors import LoadError
 from ds_offload.sealed_json import seal, unseal
-from ds_offload.session_header import HEADER, SessionHeader, tokenizer_fingerprint
+from ds_offload.session_header import SessionHeader, tokenizer_fingerprint
+from ds_offload.session_place import HEADER
 
 
 def test_codes_are_of_their_calibration(tiny_llama: Path, tmp_path: Path) -> None:

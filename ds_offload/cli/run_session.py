@@ -19,9 +19,10 @@ from ds_offload.prefill_checkpoint import check_checkpoint_folder
 from ds_offload.preparation import PreparedModel, room_of
 from ds_offload.prompts import parse_token_ids
 from ds_offload.session import Session
-from ds_offload.session_file import SessionWriteError, check_place
-from ds_offload.session_header import HEADER, SessionHeader
+from ds_offload.session_file import SessionWriteError
+from ds_offload.session_header import SessionHeader
 from ds_offload.session_names import session_path
+from ds_offload.session_place import HEADER, check_place, recover
 
 
 class SessionRun:
@@ -39,6 +40,7 @@ class SessionRun:
         self._model = model
         self._config = config
         check_place(self._folder)
+        recover(self._folder)
         self._header = SessionHeader.read(self._folder) if (self._folder / HEADER).is_file() else None
 
     def run(

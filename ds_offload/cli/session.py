@@ -39,7 +39,7 @@ def list_sessions(
     as_json: JsonOption = False,
 ) -> None:
     """One line for every session: its name, tokens, bytes, model and age; what is wrong with a damaged one."""
-    from ds_offload.session_header import HEADER
+    from ds_offload.session_place import HEADER
 
     folder = session_path(where, sessions_dir) if where is not None else sessions_folder(sessions_dir)
     if where is not None and not folder.is_dir():
@@ -67,8 +67,10 @@ def list_sessions(
 def show(name: NameArgument, sessions_dir: SessionsDirOption = None, as_json: JsonOption = False) -> None:
     """What a session is of, and by which settings; its files are not read."""
     from ds_offload.session_header import SessionHeader
+    from ds_offload.session_place import recover
 
     folder = session_path(name, sessions_dir)
+    recover(folder)
     facts = _facts(folder, SessionHeader.read(folder))
     if as_json:
         print(json.dumps(facts))
@@ -89,7 +91,7 @@ def verify(name: NameArgument, sessions_dir: SessionsDirOption = None) -> None:
 
 def rm(name: NameArgument, sessions_dir: SessionsDirOption = None) -> None:
     """Delete a session, damaged or not."""
-    from ds_offload.session_file import remove_session
+    from ds_offload.session_place import remove_session
 
     folder = session_path(name, sessions_dir)
     remove_session(folder)
