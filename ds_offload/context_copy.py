@@ -64,6 +64,7 @@ def copy_context(target: KVContext, source: KVContext, tokens: int) -> None:
     """
     source.streams.join()
     synchronize(source)
+    target.budget_state = source.budget_state
     target.store.share(source.store, 0, tokens)
     target.reserve(0, tokens)
     for layer in range(source.layers):

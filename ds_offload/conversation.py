@@ -13,6 +13,7 @@ from ds_offload.config import OffloadConfig
 from ds_offload.context_copy import copy_context, copy_window, own_from, rewind
 from ds_offload.decode import DecodeLoop
 from ds_offload.document_prompt import common_tokens
+from ds_offload.errors import InputError
 from ds_offload.generation import Sequence
 from ds_offload.kv_context import KVContext
 from ds_offload.memory.plan import MemoryPlan
@@ -55,6 +56,8 @@ class Conversation:
         self._plan = plan
         # Its CUDA graph serves every answer from this context.
         self._loop: DecodeLoop | None = None
+        # Whether a step has begun and not ended: an error or Ctrl-C may leave slots that count as filled and are not.
+        self._stepping = False
         # Whether sinks and recent tokens are on the device as they are, which only quantised rows may make untrue.
         self._windowed = True
         self._finalizer = weakref.finalize(self, context.close)
@@ -93,7 +96,7 @@ class Conversation:
         if start < self.stored:
             self.forget(start)
         self.read_window(ids)
-        window = copy_window(self.context)
+        window, budget = copy_window(self.context), self.context.budget_state
         prefilled = False
         self.answering = True
         try:
@@ -110,13 +113,18 @@ class Conversation:
                 self.token_ids = ids + sequence.tokens
             elif not self.closed:
                 self.forget(start, window)
+                self.context.budget_state, self._stepping = budget, False
         return statistics.summary() | {"prefilled_tokens": len(ids) - start}
 
     def read_window(self, ids: list[int]) -> None:
         """Read the recent ones of the stored tokens again where the window has lost them; `ids` begin with those.
 
+        What a step that did not end has left in slots and window is forgotten first.
         Where the context was taken back to begins before its newest tokens, quantised rows are all there is of them.
         """
+        if self._stepping:
+            self.forget(self.stored)
+            self._loop, self._stepping = None, False
         if self._windowed:
             return
         tokens = self.stored
@@ -157,7 +165,11 @@ class Conversation:
             self._loop = DecodeLoop(decoder, context)
         monitor = FidelityMonitor(decoder, self._config)
         while sequence.finish_reason is None:
+            if self.closed:
+                raise InputError("the session is closed; read the document again")
+            self._stepping = True
             logits = self._loop.step([sequence.tokens[-1]], [sequence.length])
+            self._stepping = False
             self.stored = sequence.length
             piece = sequence.take(logits[0], keep_logits)
             statistics.stepped(context, [self.stored], monitor.seconds)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ds_offload.calibration import Calibration
-from ds_offload.config import OffloadConfig
-from ds_offload.context_stores import ContextStores
+from ds_offload.config import OffloadConfig, TokenBudget
+from ds_offload.context_stores import ContextStores, write_parts
 from ds_offload.decoder import DecoderStack, Rope
 from ds_offload.kernels.coded_attention import coded_attention
 from ds_offload.kernels.new_token import HeadNorms, LabelRows, new_token
@@ -192,6 +192,15 @@ class KVContext(ContextStores):
         """The budget of the next step, as `OffloadConfig.token_budget` writes it."""
         return str(self._budget)
 
+    @property
+    def budget_state(self) -> tuple[TokenBudget, tuple[TokenBudget, ...]]:
+        """The budget of the next step, and those that it may still be raised to."""
+        return self._budget, tuple(self._widenings)
+
+    @budget_state.setter
+    def budget_state(self, state: tuple[TokenBudget, tuple[TokenBudget, ...]]) -> None:
+        self._budget, self._widenings = state[0], list(state[1])
+
     def widen(self) -> bool:
         """Raise the budget of all layers by a step, if the plan has room for it, from the next step on."""
         if not self._widenings:
@@ -282,19 +291,3 @@ class KVContext(ContextStores):
         rows = self._dense[sequence].rows(layer, 0, longest)[None]
         valid = torch.arange(longest, device=rows.device) < step.lengths[sequence]
         return sparse_attention(query, rows, valid.expand(rows.shape[:3]), self._scaling)
-
-
-def write_parts(layers: int) -> list[slice]:
-    """Of `layers` layers in order, those whose new rows leave together.
-
-    One launch of all of them, each row on another page of host memory, took 3 ms for 1,024 rows, and a kernel of the
-    last layer stood still beside it. Half of the layers that are left leave at a time, so that all but the last
-    two layers' rows go while later layers compute.
-    """
-    parts = []
-    first = 0
-    while first < layers:
-        last = first + max(min(2, layers - first), (layers - first) // 2)
-        parts.append(slice(first, last))
-        first = last
-    return parts

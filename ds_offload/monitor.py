@@ -92,6 +92,8 @@ class FidelityMonitor:
         now = self._clock()
         if self._began is None:
             self._began = now
+            # An earlier turn of a session may have raised it.
+            self._budget = context.token_budget
         for _ in range(self._pace.due(self._steps, now - self._began - self.seconds)):
             self._compare(context, loop, lengths, running)
 

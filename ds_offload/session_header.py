@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ds_offload.session_place import HEADER
 from ds_offload.tensor_file import FileRecord, check_size
 
 FORMAT = "ds_offload.session"
-VERSION = 2
+VERSION = 3
 # Where a file is damaged.
 REMEDY = "read the document again"
 
@@ -35,6 +35,7 @@ class SessionIdentity:
         label_channels, label_bits, label_code: The code of labels.
         dense_layers: Layers that have no labels.
         window: Sinks and recent tokens, which quantised K/V keep as they are; "any" with others.
+        chat_template: Fingerprint of what puts questions behind a text; "none" without one.
     """
 
     model: str
@@ -48,6 +49,8 @@ class SessionIdentity:
     window: str = "any"
     # Sessions saved before there was another one do not say it.
     label_code: str = "scalar"
+    # Those of version 2 and before do not say it, either; they are believed.
+    chat_template: str = ""
 
     @classmethod
     def of(cls, loaded: LoadedModel, config: OffloadConfig) -> SessionIdentity:
@@ -66,6 +69,7 @@ class SessionIdentity:
             if config.kv_dtype in QUANTISED_BITS
             else "any",
             label_code=config.label_code,
+            chat_template=template_fingerprint(loaded.tokenizer),
         )
 
     @property
@@ -76,9 +80,11 @@ class SessionIdentity:
     def differences(self, here: SessionIdentity) -> str:
         """What differs: "model (fingerprint 01234567, here 89abcdef), kv_dtype (bf16, here fp32)"; "" where nothing."""
         mine, others = asdict(self), asdict(here)
+        if not self.chat_template:
+            others["chat_template"] = ""
         for prints in (mine, others):
-            for name in ("model", "tokenizer"):
-                prints[name] = f"fingerprint {prints[name][:8]}" if prints[name] else "none"
+            for name in ("model", "tokenizer", "chat_template"):
+                prints[name] = f"fingerprint {prints[name][:8]}" if prints[name] not in ("", "none") else "none"
         return ", ".join(f"{name} ({mine[name]}, here {others[name]})" for name in mine if mine[name] != others[name])
 
 
@@ -178,7 +184,11 @@ class SessionHeader:
         Raises:
             InputError: Naming what differs.
         """
-        differences = self.identity.differences(here)
+        identity = self.identity
+        if self.document is None:
+            # Token ids are put together as they are.
+            identity = replace(identity, chat_template="")
+        differences = identity.differences(here)
         if differences:
             raise InputError(
                 f"the session {folder} is of another {differences}; load it with that, or read the document again"
@@ -209,3 +219,9 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     else:
         text = f"{type(tokenizer).__name__} of {len(tokenizer)}"
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def template_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 in hex of a tokenizer's chat template, or of several by name; "none" without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else "none"

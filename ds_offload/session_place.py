@@ -22,6 +22,8 @@ HEADER = "session.json"
 # Of a folder beside a session: what is being written or removed, and what was there before. Numbers of processes are
 # what earlier versions called them by.
 _BESIDE = re.compile(r"[0-9a-f]{8}|[0-9]+")
+# Of a session's files, damaged or not.
+_FILE = re.compile(r"session\.json|(layer-\d{4,}|labels|window|calibration)\.safetensors")
 # What a disk without locks answers.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
@@ -104,7 +106,7 @@ def remove_session(folder: Path) -> None:
     recover(folder)
     if not (folder / HEADER).is_file():
         raise InputError(f"{folder} is no session; `ds-offload session list` names them")
-    others = sorted(file.name for file in folder.iterdir() if file.name != HEADER and file.suffix != ".safetensors")
+    others = sorted(file.name for file in folder.iterdir() if _FILE.fullmatch(file.name) is None)
     if others:
         raise InputError(f"{folder} holds {others[0]}, which is not the session's; move that away first")
     real = folder.resolve()

@@ -139,3 +139,17 @@ def test_on_a_gpu(changes: dict[str, Any], tiny_llama: Path) -> None:
                 assert kept.token_ids == ask(fork, QUESTIONS[0]).token_ids == fresh[0].token_ids
                 session.close()
                 assert ask(fork, QUESTIONS[1]).stats["prefilled_tokens"] == 2
+
+
+def test_a_question_that_is_forgotten_widens_nothing(tiny_llama: Path) -> None:
+    """Its monitor raised the budget; the next answer is that of a session without it, and says its own budget."""
+    with make(tiny_llama, monitor="widen", monitor_every=1) as gen, gen.prefill(DOCUMENT) as session:
+        with gen.prefill(DOCUMENT) as fresh:
+            expected = ask(fresh, QUESTIONS[2], keep=False)
+        forgotten = session.ask(QUESTIONS[0], max_new_tokens=30, keep=False)
+        assert forgotten.stats["monitor"]["token_budget"] == "48"
+        assert torch.equal(ask(session, QUESTIONS[2], keep=False).logits, expected.logits)
+        session.ask(QUESTIONS[0], max_new_tokens=30)
+        with session.fork() as fork:
+            for one in (session, fork):
+                assert ask(one, QUESTIONS[1], keep=False).stats["monitor"]["token_budget"] == "48"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from chat_tokenizer import chat_tokenizer
 from session_case import DOCUMENT, make
 from tiny_models import random_prompts, save_tiny, tiny_config
 
@@ -32,7 +34,7 @@ def test_codes_are_of_their_calibration(tiny_llama: Path, tmp_path: Path) -> Non
 
 def test_the_format_before_is_read(tiny_llama: Path, saved_session: Path) -> None:
     content = unseal((saved_session / HEADER).read_bytes())
-    del content["identity"]["window"]
+    del content["identity"]["window"], content["identity"]["chat_template"]
     (saved_session / HEADER).write_bytes(seal(content | {"version": 1}))
     with make(tiny_llama) as gen, gen.load_session(saved_session) as session:
         assert session.token_ids == DOCUMENT
@@ -69,12 +71,31 @@ def test_another_calibration_is_refused(tiny_llama: Path, saved_session: Path, t
         gen.load_session(saved_session).close()
 
 
+def test_another_chat_template_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    """Where a question would come behind the beginning that the template of that time has made."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tokenizer = chat_tokenizer()
+    tokenizer.save_pretrained(model)
+    with make(model) as gen:
+        for document, name in (("The cat sat.\n" * 3, "text"), (DOCUMENT, "ids")):
+            with gen.prefill(document) as session:
+                session.save(tmp_path / name)
+    other = shutil.copytree(tiny_llama, tmp_path / "other")
+    tokenizer.chat_template = tokenizer.chat_template.replace("user", "human").replace("im_start", "im_end")
+    tokenizer.save_pretrained(other)
+    with make(other) as gen:
+        with pytest.raises(InputError, match=r"another chat_template \(fingerprint \w{8}, here fingerprint \w{8}\);"):
+            gen.load_session(tmp_path / "text")
+        gen.load_session(tmp_path / "ids").close()
+
+
 def test_a_newer_format_is_refused(tiny_llama: Path, saved_session: Path) -> None:
     content = json.loads((saved_session / HEADER).read_bytes())
-    (saved_session / HEADER).write_text(json.dumps(content | {"version": 3}))
+    (saved_session / HEADER).write_text(json.dumps(content | {"version": 4}))
     with (
         make(tiny_llama) as gen,
-        pytest.raises(LoadError, match=r"format version 3, and this version .* reads up to 2"),
+        pytest.raises(LoadError, match=r"format version 4, and this version .* reads up to 3"),
     ):
         gen.load_session(saved_session)
 

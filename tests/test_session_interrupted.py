@@ -154,10 +154,11 @@ def test_nothing_else_is_overwritten_or_removed(tiny_llama: Path, tmp_path: Path
             with pytest.raises(InputError, match="is no session"):
                 remove_session(place)
         session.save(tmp_path / "book")
-        (tmp_path / "book" / "notes.txt").write_text("mine")
-        with pytest.raises(InputError, match=r"holds notes.txt"):
-            remove_session(tmp_path / "book")
-    (tmp_path / "book" / "notes.txt").unlink()
+        for name in ("notes.txt", "adapter.safetensors"):
+            (tmp_path / "book" / name).write_text("mine")
+            with pytest.raises(InputError, match=f"holds {name}"):
+                remove_session(tmp_path / "book")
+            (tmp_path / "book" / name).unlink()
     remove_session(tmp_path / "book")
     assert tree(tmp_path) == {"mine/notes.txt": b"mine", "file": b"mine"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ds_offload.kv_context import write_parts
+from ds_offload.context_stores import write_parts
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2, 3, 5, 30, 32, 80])

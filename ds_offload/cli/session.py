@@ -117,7 +117,7 @@ def _facts(folder: Path, header: SessionHeader) -> dict[str, Any]:
         "tokens": len(header.token_ids),
         "document_tokens": header.document_tokens,
         "bytes": header.nbytes,
-        **{f"{field}_fingerprint": identity.pop(field) or "none" for field in ("model", "tokenizer")},
+        **{f"{field}_fingerprint": identity.pop(field) or "none" for field in ("model", "tokenizer", "chat_template")},
         **identity,
     }
 
