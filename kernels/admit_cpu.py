@@ -24,12 +24,13 @@ _SIGNATURE = (
 @compiled("void(int32[::1], int32[::1], int32[::1], int64, int64)")
 def _list_slots(selected, queue, marks, length, clock):
     """Fill the queue of a row with the `length` slots of the lowest stamps, those selected now not among them."""
-    counts = np.zeros(clock + 1, np.int64)
+    lowest = selected.min()
+    counts = np.zeros(clock + 1 - lowest, np.int64)
     for stamp in selected:
-        counts[stamp] += 1
-    below, threshold = 0, 0
-    while below + counts[threshold] < length:
-        below += counts[threshold]
+        counts[stamp - lowest] += 1
+    below, threshold = 0, lowest
+    while below + counts[threshold - lowest] < length:
+        below += counts[threshold - lowest]
         threshold += 1
     lower, equal = 0, below
     for slot in range(len(selected)):

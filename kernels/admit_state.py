@@ -59,12 +59,20 @@ class AdmitState:
             marks=torch.zeros(*heads, 4, dtype=torch.int32, device=device),
         )
 
-    def clear(self) -> None:
-        """Empty every slot; later admissions go on counting their stamps."""
+    def clear(self, stamp: Tensor | None = None) -> None:
+        """Empty every slot; later admissions go on counting their stamps.
+
+        Args:
+            stamp: Of the last admission, int32 scalar on the device: empty slots count as of it, so that the next list
+                does not begin its count of stamps at 0.
+        """
         self.page.fill_(NONE)
         self.tokens.fill_(NONE)
         for numbers in (self.selected, self.queue, self.marks):
             numbers.zero_()
+        if stamp is not None:
+            self.selected.copy_(stamp)
+            self.marks[..., 3].copy_(stamp)
 
 
 @dataclass(frozen=True)

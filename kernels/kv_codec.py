@@ -25,7 +25,9 @@ class RowLayout:
 
     Channels c and c + D/2, which RoPE turns together, belong to two halves with a centre
     and a step of their own: x = centre + step * (code - N/2), N = 2^bits - 1. At 8 bits
-    byte c is channel c's code; at 4 XX
+    byte c is channel c's code; at 4 bits byte c, of the first D/2, has that of channel c in its low half and that of
+    channel c + D/2 in its high half. The last 8 bytes are each half's centre and step, float16.
+
     Attributes:
         bits: 8 or 4.
         head_dim: D, even.

@@ -143,12 +143,12 @@ class HotSet:
         self._admitted = dict.fromkeys(self._admitted, 0)
         if not self.reuse:
             for state in self._state.values():
-                state.clear()
+                state.clear(self._recent)
 
     def forget(self) -> None:
         """Empty every slot for selected tokens, behind whatever read them; the window stays."""
         for state in self._state.values():
-            state.clear()
+            state.clear(self._stamps[0])
 
     def copy_from(self, other: HotSet) -> None:
         """Take over window, slots and stamps of a hot set of the same shape."""

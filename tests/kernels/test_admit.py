@@ -193,6 +193,21 @@ def test_a_cleared_state_is_an_empty_one() -> None:
 
 
 @pytest.mark.parametrize("admit", [admit_tokens, admit_tokens_reference])
+def test_stamps_go_on_behind_a_clearing(admit: Callable[..., AdmitResult]) -> None:
+    """The next list counts stamps from there: a count from 0 takes as long as there were admissions."""
+    late = 2_000_000_000
+    fresh, cleared = (AdmitState.empty(1, 2, 40, 90, CPU) for _ in range(2))
+    cleared.clear(scalar(late))
+    generator = torch.Generator().manual_seed(0)
+    for clock in range(1, 30):
+        tokens = torch.rand(1, 2, 90, generator=generator).topk(13).indices.sort().values
+        expected = admit(fresh, tokens, scalar(clock), scalar(clock - 1))
+        result = admit(cleared, tokens, scalar(late + clock), scalar(late + clock - 1))
+        assert same_result(result, expected)
+    assert torch.equal(cleared.marks[..., 3] - late, fresh.marks[..., 3])
+
+
+@pytest.mark.parametrize("admit", [admit_tokens, admit_tokens_reference])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
