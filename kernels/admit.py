@@ -22,6 +22,7 @@ class AdmitLaunch:
         list_tile: Slots it looks at at a time when it lists the queue anew.
         bins: Stamps counted at a time.
         warps, settle_warps: Warps of a program that looks up, and of one that settles.
+        slice: Parts among which a missing token's is found at a time; a power of two. Up to 32,768 tokens have no more.
     """
 
     part: int = 1024
@@ -30,6 +31,7 @@ class AdmitLaunch:
     bins: int = 128
     warps: int = 8
     settle_warps: int = 16
+    slice: int = 32
 
 
 def admit_launch(kept: int) -> AdmitLaunch:
@@ -135,6 +137,7 @@ def _launch(
         ATTENDED=attended,
         PART=launch.part,
         PARTS_PAD=power_of_two(parts),
+        SLICE=launch.slice,
         TILE=launch.tile,
         LIST_TILE=launch.list_tile,
         BINS=launch.bins,

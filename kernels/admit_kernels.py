@@ -134,6 +134,25 @@ def _pop_slots(selected, queue, marks, victims, misses, now, TILE: tl.constexpr)
     return found
 
 
+@jit
+def _find_part(missed_of, i, parts, SLICE: tl.constexpr):
+    """The part that lists each of the missing tokens `i`, and its place there: SLICE parts at a time.
+
+    All parts of a long selection at once would need more registers than there are, or a larger tile than Triton has.
+    """
+    part = i * 0
+    rank = i
+    passed = parts * 0
+    for first in range(0, parts, SLICE):
+        each = first + tl.arange(0, SLICE)
+        some = tl.load(missed_of + each, mask=each < parts, other=0)
+        before = (passed + tl.cumsum(some, 0)[None, :] <= i[:, None]) & (each < parts)[None, :]
+        part += tl.sum(before.to(tl.int32), 1)
+        rank -= tl.sum(tl.where(before, some[None, :], 0), 1)
+        passed += tl.sum(some, 0)
+    return part, rank
+
+
 @step_kernel(do_not_specialize=["places_stride", "context", "capacity", "kept", "first_place", "listed_least", "parts"])
 def settle_kernel(
     page,
@@ -163,6 +182,7 @@ def settle_kernel(
     ATTENDED: tl.constexpr,
     PART: tl.constexpr,
     PARTS_PAD: tl.constexpr,
+    SLICE: tl.constexpr,
     TILE: tl.constexpr,
     LIST_TILE: tl.constexpr,
     BINS: tl.constexpr,
@@ -183,7 +203,8 @@ def settle_kernel(
     victims += row * parts * PART
     now = tl.load(clock)
     each = tl.arange(0, PARTS_PAD)
-    sums += row * 3 * parts + each
+    missed_of = sums + row * 3 * parts
+    sums = missed_of + each
     some = tl.load(sums, mask=each < parts, other=0)
     wanted = tl.sum(tl.load(sums + parts, mask=each < parts, other=0), 0)
     misses = tl.sum(some, 0)
@@ -218,9 +239,12 @@ def settle_kernel(
             i = first + tl.arange(0, TILE)
             live = i < misses
             # The part that lists the i-th missing token, and the missing tokens of the parts before it.
-            before = (ends[None, :] <= i[:, None]) & (each < parts)[None, :]
-            part = tl.sum(before.to(tl.int32), 1)
-            rank = i - tl.sum(tl.where(before, some[None, :], 0), 1)
+            if PARTS_PAD <= SLICE:
+                before = (ends[None, :] <= i[:, None]) & (each < parts)[None, :]
+                part = tl.sum(before.to(tl.int32), 1)
+                rank = i - tl.sum(tl.where(before, some[None, :], 0), 1)
+            else:
+                part, rank = _find_part(missed_of, i, parts, SLICE)
             index = tl.load(missed + part * PART + rank, mask=live, other=0)
             token = tl.load(tokens + index, mask=live, other=0)
             slot = tl.load(victims + i, mask=live, other=0)

@@ -114,10 +114,12 @@ def test_selection_and_admission_fit(compiling: Callable[[int], Compiled]) -> No
         with fitting(compiled, 89, name):
             scores = torch.zeros(1, 1, tokens, dtype=torch.int16)
             select._launch(scores, 4, zero, zero, 1024, torch.zeros(1, 1, 1024, dtype=torch.int64))
-    with fitting(compiled, 89, "look_up_kernel", "settle_kernel"):
-        chosen = torch.zeros(1, 1, 8192, dtype=torch.int64)
-        state = AdmitState.empty(1, 1, 32768, 131072, torch.device("cpu"))
-        admit._launch(state, chosen, one, one, 0, result_for(chosen, None), None, True)
+    # All of more than a million tokens, too: one tile of a token's parts would be more than Triton has.
+    for kept, context in ((8192, 131072), (1_100_000, 1_100_100)):
+        with fitting(compiled, 89, "look_up_kernel", "settle_kernel"):
+            chosen = torch.zeros(1, 1, kept, dtype=torch.int64)
+            state = AdmitState.empty(1, 1, 4 * kept, context, torch.device("cpu"))
+            admit._launch(state, chosen, one, one, 0, result_for(chosen, None), None, True)
 
 
 @pytest.mark.parametrize(("group", "dim", "bits"), [(1, 128, 16), (4, 256, 16), (1, 128, 4), (4, 256, 8)])

@@ -21,21 +21,32 @@ def scalar(value: int) -> torch.Tensor:
 
 # One tile; several, the last part empty; all slots selected; a single slot; stamps beyond one range of bins.
 @pytest.mark.parametrize(
-    ("batch", "heads", "capacity", "kept", "part", "tile", "bins"),
+    ("batch", "heads", "capacity", "kept", "part", "tile", "bins", "slice"),
     [
-        (2, 2, 12, 5, 16, 16, 16),
-        (1, 2, 12, 5, 2, 8, 4),
-        (1, 1, 1, 1, 128, 128, 8),
-        (1, 2, 21, 21, 4, 4, 2),
-        (1, 2, 33, 16, 8, 8, 2),
-        (1, 2, 40, 4, 1, 16, 2),
-        (1, 2, 200, 6, 4, 2, 4),
+        (2, 2, 12, 5, 16, 16, 16, 64),
+        (1, 2, 12, 5, 2, 8, 4, 64),
+        (1, 1, 1, 1, 128, 128, 8, 64),
+        (1, 2, 21, 21, 4, 4, 2, 64),
+        (1, 2, 33, 16, 8, 8, 2, 64),
+        (1, 2, 40, 4, 1, 16, 2, 64),
+        (1, 2, 200, 6, 4, 2, 4, 64),
+        # More parts than are looked through at a time.
+        (2, 2, 40, 21, 2, 8, 4, 4),
+        (1, 2, 33, 16, 1, 16, 2, 1),
     ],
 )
 def test_kernel_equals_the_reference(
-    batch: int, heads: int, capacity: int, kept: int, part: int, tile: int, bins: int, monkeypatch: pytest.MonkeyPatch
+    batch: int,
+    heads: int,
+    capacity: int,
+    kept: int,
+    part: int,
+    tile: int,
+    bins: int,
+    slice: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(admit, "admit_launch", lambda kept: AdmitLaunch(part, tile, 2 * tile, bins, 1, 1))
+    monkeypatch.setattr(admit, "admit_launch", lambda kept: AdmitLaunch(part, tile, 2 * tile, bins, 1, 1, slice))
     generator = torch.Generator().manual_seed(kept)
     context = 2 * capacity + 1
     state, expected = (AdmitState.empty(batch, heads, capacity, context, CPU) for _ in range(2))
