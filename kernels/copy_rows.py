@@ -15,6 +15,8 @@ WARPS = 1
 REGISTERS = 32
 # Words of 4 bytes that a program has in flight.
 TILE = 512
+# Of a head's rows: their words are counted by 32 bits.
+MOST_BYTES = 8 * 10**9
 
 
 @jit(do_not_specialize=["heads", "tiles"])
@@ -64,6 +66,8 @@ def _check(source: Tensor, target: Tensor) -> None:
     if source.dim() != 4 or source.shape[2] != 2:
         raise ValueError(f"rows {tuple(source.shape)} must be [Hkv, n, 2, D]")
     dim = source.shape[3]
+    if source.shape[1] * 2 * dim * source.element_size() > MOST_BYTES:
+        raise ValueError(f"a head's rows of {tuple(source.shape)} {source.dtype} must be at most 8 GB at a time")
     for name, rows in (("source", source), ("target", target)):
         words = rows.stride(0) * rows.element_size() % 4 == 0 and rows.data_ptr() % 4 == 0
         if rows.stride()[1:] != (2 * dim, dim, 1) or not words or dim * rows.element_size() % 4:

@@ -88,3 +88,9 @@ def test_nothing_to_copy() -> None:
 def test_what_does_not_fit_is_refused(source: torch.Tensor, target: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"rows|copied"):
         copy_rows(source, target)
+
+
+def test_more_words_than_are_counted_are_refused() -> None:
+    rows = torch.empty(1, 8_000_000, 2, 256, dtype=torch.bfloat16, device="meta")
+    with pytest.raises(ValueError, match="at most 8 GB at a time"):
+        copy_rows(rows, rows)
