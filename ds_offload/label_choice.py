@@ -33,8 +33,8 @@ def check_labels(code: str, bits: int | None, channels: int | None) -> None:
     """
     if code not in LABEL_CODES:
         raise InputError(f"label_code={code!r} must be one of {', '.join(LABEL_CODES)}")
-    if bits is not None and bits not in LABEL_BITS:
-        raise InputError(f"label_bits={bits!r} must be one of {', '.join(map(str, LABEL_BITS))}")
+    if bits is not None and (not isinstance(bits, int) or bits not in LABEL_BITS):
+        raise InputError(f"label_bits={bits!r} must be one of the whole numbers {', '.join(map(str, LABEL_BITS))}")
     if channels is not None and (isinstance(channels, bool) or not isinstance(channels, int) or channels < 1):
         raise InputError(f"label_channels={channels!r} must be a whole number of at least 1")
     if code == "product" and bits is not None:

@@ -42,6 +42,8 @@ def test_chosen(labels: dict, given: dict, layout: Any, name: str) -> None:
     ("labels", "given", "message"),
     [
         ({"label_code": "vector"}, {}, "label_code='vector' must be one of auto, product, scalar"),
+        ({"label_bits": 2.0}, {}, "label_bits=2.0 must be one of the whole numbers 16, 8, 4, 2"),
+        ({"label_bits": 3}, {}, "label_bits=3 must be one of the whole numbers 16, 8, 4, 2"),
         ({"label_code": "product", "label_bits": 2}, {}, "label_code='product' has no label_bits=2"),
         ({"label_code": "product", "label_channels": 28}, {}, "takes all 64 channels, not label_channels=28"),
         (
