@@ -28,11 +28,11 @@ def trained_context(config: PreTrainedConfig) -> int:
     """Positions the model claims, its RoPE scaling included.
 
     linear, dynamic and yarn stretch the original positions by their factor. llama3 and
-    longrope checkpoints state the stretched length themselves.
+    longrope checkpoints state the stretched length themselves, and so do those of yarn
+    whose factor is null.
     """
-    kind = rope_type(config)
-    if kind in OVERRIDES:
-        return int(original_context(config) * float(config.rope_parameters.get("factor") or 1.0))
+    if rope_type(config) in OVERRIDES and config.rope_parameters.get("factor"):
+        return int(original_context(config) * float(config.rope_parameters["factor"]))
     return int(config.max_position_embeddings)
 
 
@@ -83,7 +83,7 @@ def describe_rope(config: PreTrainedConfig, max_context: int) -> str | None:
         )
     line = f"max_context {max_context:,} is beyond the original {original:,} positions of {name}"
     factor = config.rope_parameters.get("factor")
-    if factor is None and kind == "longrope":
+    if factor is None and kind in ("yarn", "longrope"):
         factor = claimed / original
     line += f"; RoPE scaling applied: {kind}" + (f", factor {float(factor):g}" if factor is not None else "")
     if max_context > claimed and kind != "dynamic":

@@ -142,6 +142,12 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "
             32768,
             131072,
         ),
+        (
+            131072,
+            {"rope_type": "yarn", "rope_theta": 1e6, "factor": None, "original_max_position_embeddings": 32768},
+            32768,
+            131072,
+        ),
         (131072, LLAMA3, 8192, 131072),
         (131072, LONG | {"original_max_position_embeddings": 4096}, 4096, 131072),
     ],
@@ -156,6 +162,12 @@ def test_positions_by_kind_of_rope(positions: int, parameters: dict, original: i
         assert "applied: none" in line
     else:
         assert f"applied: {parameters['rope_type']}" in line
+
+
+def test_a_yarn_factor_that_is_null_is_said_as_transformers_infers_it() -> None:
+    parameters = {"rope_type": "yarn", "rope_theta": 1e6, "factor": None, "original_max_position_embeddings": 32768}
+    config = tiny_config("llama", max_position_embeddings=131072, rope_parameters=parameters)
+    assert (describe_rope(config, 131_072) or "").endswith("RoPE scaling applied: yarn, factor 4")
 
 
 def test_extrapolation_is_said_with_a_scaling_that_would_do() -> None:
