@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from ds_offload.errors import InputError
-from ds_offload.rope_scaling import ROPE_TYPES, rope_type
+from ds_offload.rope_scaling import ROPE_TYPES, partial_rotary, rope_type
 from ds_offload.rope_scaling import describe_rope as describe_rope
 
 SUPPORTED = {
@@ -101,10 +101,9 @@ def check_supported(config: PreTrainedConfig, max_context: int) -> None:
             f"{name} uses a sliding window of {window:,} tokens, which is not supported beyond it; "
             f"use max_context={window} or less, or a model with full attention"
         )
-    parameters = config.rope_parameters or {}
     if rope_type(config) not in ROPE_TYPES:
         raise InputError(f"{name} uses RoPE of kind {rope_type(config)!r}; supported are {', '.join(ROPE_TYPES)}")
-    share = parameters.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    share = partial_rotary(config) or 1.0
     if float(share) != 1.0:
         raise InputError(
             f"{name} rotates only {float(share):g} of each head (partial_rotary_factor), which is not supported; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -15,6 +16,12 @@ OVERRIDES = ("linear", "dynamic", "yarn")
 def rope_type(config: PreTrainedConfig) -> str:
     """The kind of RoPE as transformers names it; "default" is RoPE without scaling."""
     return (config.rope_parameters or {}).get("rope_type", "default")
+
+
+def partial_rotary(config: PreTrainedConfig) -> float | None:
+    """Share of each head that is rotated, where the config states one; it may stand beside `rope_parameters`."""
+    share = (config.rope_parameters or {}).get("partial_rotary_factor")
+    return getattr(config, "partial_rotary_factor", None) if share is None else share
 
 
 def original_context(config: PreTrainedConfig) -> int:
@@ -61,7 +68,12 @@ def apply_rope_scaling(config: PreTrainedConfig, scaling: str) -> None:
     if not (math.isfinite(factor) and factor >= 1):
         raise wrong
     original = original_context(config)
-    parameters = {"rope_type": kind, "factor": factor, "rope_theta": config.rope_parameters["rope_theta"]}
+    theta = config.rope_parameters["rope_theta"]
+    parameters: dict[str, Any] = {"rope_type": kind, "factor": factor, "rope_theta": theta}
+    share = partial_rotary(config)
+    if share is not None:
+        # Kept, so that the model is refused as it is without an override.
+        parameters["partial_rotary_factor"] = share
     if kind == "yarn":
         parameters["original_max_position_embeddings"] = original
     config.rope_parameters = parameters

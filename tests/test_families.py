@@ -212,6 +212,16 @@ def test_override_replaces_the_checkpoints_own_scaling() -> None:
     assert (original_context(config), trained_context(config)) == (8192, 32768)
 
 
+@pytest.mark.parametrize("scaling", ["linear:2", "dynamic", "yarn:2"])
+@pytest.mark.parametrize("place", ["beside", "within"])
+def test_an_override_does_not_hide_that_rotation_is_partial(place: str, scaling: str) -> None:
+    share = {"partial_rotary_factor": 0.5}
+    parameters = {"rope_type": "default", "rope_theta": 1e4} | (share if place == "within" else {})
+    config = tiny_config("llama", rope_parameters=parameters, **(share if place == "beside" else {}))
+    apply_rope_scaling(config, scaling)
+    assert "rotates only 0.5 of each head" in refusal(config)
+
+
 @pytest.mark.parametrize("scaling", ["yarn", "linear", "llama3:8", "yarn:0.5", "yarn:x", "yarn:", "yarn:inf", "", "4"])
 def test_bad_overrides_are_refused(scaling: str) -> None:
     with pytest.raises(InputError, match="yarn:4") as caught:
