@@ -231,7 +231,8 @@ def has_codes(path: str | None) -> bool:
     try:
         data = read_calibration_file(os.path.expanduser(path))
         return "code_words" in json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (LoadError, ValueError):
+    except (LoadError, ValueError, TypeError, RecursionError):
+        # JSON that is no object, or too deep to be read: neither is what safetensors begin with.
         return False
 
 

@@ -193,6 +193,13 @@ def test_version_2_has_no_codes_version_3_no_masses_and_both_are_read(made: Cali
     assert not has_codes(str(path))
 
 
+@pytest.mark.parametrize("content", ["{      \n5", "[" * 200_000, '{"a":   ' + "[" * 200_000], ids=["5", "[", "{["])
+def test_json_that_is_no_calibration_has_no_codes(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(content, encoding="utf-8")
+    assert not has_codes(str(path))
+
+
 def test_files_that_contradict_themselves_are_refused(made: Calibration, tmp_path: Path) -> None:
     path = tmp_path / "c"
     sound = dataclasses.replace(made, text="t", label_mass=mass_of(made))
