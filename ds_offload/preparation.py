@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class PreparedModel:
         Raises:
             InputError: Something given is wrong, not supported, or does not fit.
         """
-        if config.calibration is not None and not Path(config.calibration).is_file():
+        if config.calibration is not None and not os.path.isfile(os.path.expanduser(config.calibration)):
             raise LoadError(
                 f"calibration {config.calibration} is no file; make one with `ds-offload calibrate --out FILE`, "
                 "or leave it out"

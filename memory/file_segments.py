@@ -36,7 +36,7 @@ class FileSegments:
     """
 
     def __init__(self, folder: str | Path, device: torch.device) -> None:
-        self._folder = Path(folder)
+        self._folder = Path(os.path.expanduser(folder))
         self._cuda = device.type == "cuda"
         self._blocks: list[Tensor] = []
 
@@ -134,7 +134,7 @@ def disk_room(folder: str | Path) -> int:
     Raises:
         InputError: It is no folder, cannot be written to, is memory itself, or the system is not Linux.
     """
-    place = Path(folder)
+    place = Path(os.path.expanduser(folder))
     if not place.is_dir():
         raise InputError(f"kv_dir={folder} is no folder; make it, or give another one")
     if not os.access(place, os.W_OK | os.X_OK):

@@ -45,6 +45,15 @@ def without_nameless_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_segments.os, "open", refuse)
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "kv").mkdir()
+    assert disk_room("~/kv") > 0
+    pool = FileSegments("~/kv", CPU)
+    pool.begin(MIB)
+    assert mapped(tmp_path / "kv") == MIB
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_blocks_are_files_without_a_name(named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if named:
