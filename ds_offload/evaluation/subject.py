@@ -26,10 +26,11 @@ DEFAULTS = {"cuda": (8192, 512), "cpu": (2048, 32)}
 def dense_twin(config: OffloadConfig) -> OffloadConfig:
     """The same configuration with a budget of the whole context.
 
-    It attends to everything and scores nothing. Its rows lie on the device: a hot set of
-    the whole context would take the same memory, and the bits are the same.
+    It attends to everything and scores nothing. Its rows lie on the device, not in files: a
+    hot set of the whole context would take the same memory, and the bits are the same.
     """
-    return dataclasses.replace(config, token_budget="1/1", prefetch="off", kv_location="gpu", hot_set=1.0)
+    changes: dict[str, Any] = {"token_budget": "1/1", "prefetch": "off", "hot_set": 1.0}
+    return dataclasses.replace(config, **changes, kv_location="gpu", kv_dir=None)
 
 
 def kept_tokens(config: OffloadConfig, length: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,6 +87,12 @@ def test_the_prompt_is_read_again_where_the_two_do_not_fit_together(
     check_answers(subject, 180)
     assert calls == [160, 160, 180, 180]
     assert capsys.readouterr().err.count("every prompt is read twice") == 1
+
+
+def test_rows_in_files_are_those_of_the_dense_answers_prompt(subject_of: MakeSubject, tmp_path: Path) -> None:
+    subject = subject_of(kv_dir=str(tmp_path))
+    assert dense_twin(subject.config).kv_dir is None
+    check_answers(subject, 201)
 
 
 def test_an_answer_ends_with_the_context(subject_of: MakeSubject) -> None:
