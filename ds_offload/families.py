@@ -75,7 +75,7 @@ def check_family(name: str, fields: dict) -> None:
         )
 
 
-def _window(config: PreTrainedConfig) -> int | None:
+def sliding_window(config: PreTrainedConfig) -> int | None:
     """Tokens of the sliding window that some layer uses, or None."""
     window = getattr(config, "sliding_window", None)
     if window is None:
@@ -95,7 +95,7 @@ def check_supported(config: PreTrainedConfig, max_context: int) -> None:
     """
     name = config.name_or_path or "this model"
     check_family(name, config.to_dict())
-    window = _window(config)
+    window = sliding_window(config)
     if window is not None and max_context > window:
         raise InputError(
             f"{name} uses a sliding window of {window:,} tokens, which is not supported beyond it; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from ds_offload.calibration_file import check_calibration, has_codes
 from ds_offload.config import OffloadConfig
 from ds_offload.devices import resolve_device
 from ds_offload.errors import InputError, LoadError
-from ds_offload.families import check_supported, describe_rope
+from ds_offload.families import check_supported, describe_rope, sliding_window
 from ds_offload.loading import LoadedModel, ModelSource, find_model, load_tokenizer, load_weights
 from ds_offload.memory.plan import MemoryPlan
 from ds_offload.memory_check import check_memory, check_weights
@@ -40,9 +41,20 @@ class PreparedModel:
 
     @classmethod
     def find(
-        cls, name: str, config: OffloadConfig, load_format: str, device: str, dtype: str, rope_scaling: str | None
+        cls,
+        name: str,
+        config: OffloadConfig,
+        load_format: str,
+        device: str,
+        dtype: str,
+        rope_scaling: str | None,
+        default_context: int | None = None,
     ) -> PreparedModel:
         """Find a model and check all that was asked for; see `OffloadedGenerator.from_pretrained`.
+
+        Args:
+            default_context: `max_context` where the config leaves it open, or less where the model has less; None
+                is all that the model was trained for.
 
         Raises:
             InputError: Something given is wrong, not supported, or does not fit.
@@ -62,6 +74,10 @@ class PreparedModel:
             trained_context=source.shape.trained_context,
             codes=has_codes(config.calibration),
         )
+        if config.max_context is None and default_context is not None:
+            # Before the checks, which would refuse a sliding window that the default is within.
+            most = min(room_of(resolved), sliding_window(source.config) or default_context)
+            resolved = dataclasses.replace(resolved, max_context=min(default_context, most))
         assert isinstance(resolved.max_context, int)
         check_supported(source.config, resolved.max_context)
         check_weights(source, resolved, target)

@@ -10,6 +10,7 @@ import torch
 
 from ds_offload.calibration import Calibration, find_or_make_calibration
 from ds_offload.config import OffloadConfig
+from ds_offload.devices import resolve_device
 from ds_offload.errors import InputError
 from ds_offload.generator import OffloadedGenerator
 from ds_offload.label_setting import label_layout, label_name
@@ -78,16 +79,13 @@ def prepare(model: dict[str, Any], config: OffloadConfig, least: int = 0) -> Pre
     Raises:
         InputError: Something given is wrong, or the model has no tokenizer.
     """
-    prepared = PreparedModel.find(**model, config=config)
+    default = max(DEFAULTS[resolve_device(model["device"]).type][0], least)
+    prepared = PreparedModel.find(**model, config=config, default_context=default)
     if prepared.tokenizer is None:
         raise InputError(
             f"{prepared.source.name} has no tokenizer, and an evaluation reads texts; "
             "put tokenizer.json into the model's folder, or choose another model"
         )
-    if config.max_context is None:
-        assert isinstance(prepared.config.max_context, int), "the config is resolved"
-        context = min(max(DEFAULTS[prepared.device.type][0], least), prepared.config.max_context)
-        prepared = dataclasses.replace(prepared, config=dataclasses.replace(prepared.config, max_context=context))
     return prepared
 
 
