@@ -59,6 +59,19 @@ def check_sparse(config: OffloadConfig, length: int) -> None:
         )
 
 
+def check_layers(config: OffloadConfig, layers: int) -> None:
+    """Refuse a configuration whose `layers` layers are all dense, as `check_sparse` refuses a budget of everything.
+
+    Raises:
+        InputError: Naming the dense layers.
+    """
+    if len(config.dense_layers) == layers:
+        raise InputError(
+            f"dense_layers names all {layers} layers of the model, so nothing sparse would be measured; "
+            "leave one out of --dense-layers at least"
+        )
+
+
 def announce_window(config: OffloadConfig, length: int) -> None:
     """Say so where the budget of `length` tokens leaves nothing to select by label."""
     window = AttentionWindow(config.sink_tokens, config.recent_tokens)
@@ -97,6 +110,9 @@ class EvalSubject:
     Args:
         prepared: The model, found and checked; see `prepare`.
 
+    Raises:
+        InputError: Every layer is dense.
+
     Attributes:
         prepared: As given.
         config: The configuration asked for, resolved, its hot set chosen for the longest context.
@@ -105,6 +121,7 @@ class EvalSubject:
     def __init__(self, prepared: PreparedModel) -> None:
         self.prepared = prepared
         self.config = prepared.config
+        check_layers(self.config, prepared.source.shape.layers)
         if self.config.hot_set is None:
             lengths = [max(1, self.context - 1)], [self.context]
             self.config = settle_config(prepared.source, self.config, prepared.device, *lengths)

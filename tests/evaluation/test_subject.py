@@ -9,7 +9,7 @@ import pytest
 from tiny_models import tiny_config
 
 from ds_offload import InputError, OffloadConfig
-from ds_offload.evaluation.subject import prepare
+from ds_offload.evaluation.subject import EvalSubject, prepare
 from ds_offload.preparation import PreparedModel
 
 
@@ -48,3 +48,11 @@ def test_a_context_beyond_a_sliding_window_is_refused(tmp_path: Path) -> None:
     model = dummy(tmp_path, **WINDOW, max_position_embeddings=8192, sliding_window=1024)
     with pytest.raises(InputError, match="sliding window of 1,024 tokens"):
         prepare(model, OffloadConfig(max_context=2048))
+
+
+def test_layers_that_are_all_dense_leave_nothing_to_measure(tmp_path: Path) -> None:
+    model = dummy(tmp_path, max_position_embeddings=512)
+    with pytest.raises(InputError, match="dense_layers names all 3 layers of the model, so nothing sparse") as caught:
+        EvalSubject(prepare(model, OffloadConfig(dense_layers=(0, 1, 2))))
+    assert "\n" not in str(caught.value)
+    EvalSubject(prepare(model, OffloadConfig(dense_layers=(0, 2))))
