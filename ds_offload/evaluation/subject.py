@@ -34,6 +34,11 @@ def dense_twin(config: OffloadConfig) -> OffloadConfig:
     return dataclasses.replace(config, **changes, kv_location="gpu", kv_dir=None)
 
 
+def is_open(config: OffloadConfig) -> bool:
+    """Whether free memory has yet to decide something; a context of K/V that are "auto" has the model's own dtype."""
+    return config.hot_set is None or config.kv_dtype == "auto"
+
+
 def kept_tokens(config: OffloadConfig, length: int) -> int:
     """Tokens that a KV head attends to at most in a context of `length` tokens."""
     window = AttentionWindow(config.sink_tokens, config.recent_tokens)
@@ -115,16 +120,14 @@ class EvalSubject:
 
     Attributes:
         prepared: As given.
-        config: The configuration asked for, resolved, its hot set chosen for the longest context.
+        config: The configuration asked for, resolved; see `settled`.
     """
 
     def __init__(self, prepared: PreparedModel) -> None:
         self.prepared = prepared
         self.config = prepared.config
         check_layers(self.config, prepared.source.shape.layers)
-        if self.config.hot_set is None:
-            lengths = [max(1, self.context - 1)], [self.context]
-            self.config = settle_config(prepared.source, self.config, prepared.device, *lengths)
+        self.config = self.settled(self.config)
 
     @property
     def context(self) -> int:
@@ -146,6 +149,13 @@ class EvalSubject:
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return self.prepared.tokenizer
+
+    def settled(self, config: OffloadConfig) -> OffloadConfig:
+        """A resolved configuration with its K/V dtype and hot set chosen for the longest context, where open."""
+        if not is_open(config):
+            return config
+        lengths = [max(1, self.context - 1)], [self.context]
+        return settle_config(self.prepared.source, config, self.prepared.device, *lengths)
 
     @cached_property
     def sparse(self) -> OffloadedGenerator:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ds_offload.calibration_file import has_codes
 from ds_offload.config import OffloadConfig, TokenBudget
+from ds_offload.dtypes import QUANTISED_BITS
 from ds_offload.errors import InputError
 from ds_offload.evaluation.perplexity import measure_windows
 from ds_offload.evaluation.result import EvalResult
@@ -96,10 +97,13 @@ def eval_sweep(
     """
     positions = default_positions(subject) if positions is None else positions
     configs = grid.configs(subject.prepared.config, subject.prepared.source.shape.head_dim)
+    stored = _stored_as(subject, configs)
+    configs = [dataclasses.replace(config, kv_dtype=stored) for config in configs]
     for config in configs:
         check_sparse(config, subject.context - positions)
     windows = cut_windows(subject, texts, positions, limit)
-    dense, _ = measure_windows(subject, dense_twin(subject.config), windows, positions, "dense windows", on_progress)
+    twin = dataclasses.replace(dense_twin(subject.config), kv_dtype=stored)
+    dense, _ = measure_windows(subject, twin, windows, positions, "dense windows", on_progress)
     points: list[tuple[OffloadConfig, dict[str, Any], float]] = []
     for number, config in enumerate(configs, 1):
         figures, density = measure_windows(subject, config, windows, positions, "windows", on_progress)
@@ -112,6 +116,15 @@ def eval_sweep(
     return EvalResult("sweep", subject.name, best, "nll", dense, sparse, density, options)
 
 
+def _stored_as(subject: EvalSubject, configs: list[OffloadConfig]) -> str:
+    """The K/V dtype of all points: where it is open, the one of fewest bits that a point or the subject needs.
+
+    Points with dtypes of their own would differ in more than the grid does.
+    """
+    names = [subject.settled(config).kv_dtype for config in (subject.config, *configs)]
+    return next((name for name in reversed(QUANTISED_BITS) if name in names), names[0])
+
+
 def _row(config: OffloadConfig, figures: dict[str, Any], density: float, dense_nll: float) -> dict[str, Any]:
     return {
         "token_budget": config.token_budget,
@@ -119,6 +132,7 @@ def _row(config: OffloadConfig, figures: dict[str, Any], density: float, dense_n
         "label_channels": config.label_channels,
         "label_bits": config.label_bits,
         "label_bytes": label_layout(config).row_bytes,
+        "kv_dtype": config.kv_dtype,
         "prefetch": config.prefetch,
         "nll": figures["nll"],
         "delta": figures["nll"] - dense_nll,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_offload.config import OffloadConfig
 from ds_offload.decode import DecodeLoop
-from ds_offload.evaluation.subject import EvalSubject, kept_tokens
+from ds_offload.evaluation.subject import EvalSubject, is_open, kept_tokens
 from ds_offload.kv_context import KVContext
 from ds_offload.memory.plan import MemoryPlan
 from ds_offload.memory_check import check_request, settle_config
@@ -91,9 +91,9 @@ def teacher_force(
 def _settled(
     subject: EvalSubject, config: OffloadConfig, prompt: int, capacity: int
 ) -> tuple[OffloadConfig, MemoryPlan]:
-    """The config with its hot set chosen, and the plan, refused where it does not fit."""
+    """The config with its K/V dtype and hot set chosen, and the plan, refused where it does not fit."""
     loaded = subject.sparse.loaded
-    if config.hot_set is None:
+    if is_open(config):
         weights = weight_bytes(loaded.source)
         config = settle_config(loaded.source, config, loaded.device, [prompt], [capacity], loaded=weights)
     return config, check_request(loaded, config, [prompt], [capacity])

@@ -56,3 +56,9 @@ def test_layers_that_are_all_dense_leave_nothing_to_measure(tmp_path: Path) -> N
         EvalSubject(prepare(model, OffloadConfig(dense_layers=(0, 1, 2))))
     assert "\n" not in str(caught.value)
     EvalSubject(prepare(model, OffloadConfig(dense_layers=(0, 2))))
+
+
+@pytest.mark.parametrize("hot_set", [None, 1])
+def test_a_dtype_that_is_left_open_is_settled_whatever_the_hot_set(hot_set: float | None, tmp_path: Path) -> None:
+    config = OffloadConfig(max_context=8192, host_memory="40MiB", hot_set=hot_set)
+    assert EvalSubject(prepare(dummy(tmp_path, max_position_embeddings=8192), config)).config.kv_dtype == "int8"

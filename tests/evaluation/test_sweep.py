@@ -14,7 +14,9 @@ from ds_offload.evaluation.perplexity import eval_perplexity
 from ds_offload.evaluation.subject import EvalSubject
 from ds_offload.evaluation.sweep import SweepGrid, eval_sweep
 from ds_offload.evaluation.sweep_picture import print_sweep, save_sweep
+from ds_offload.planning.request import host_total
 
+CONTEXT = 256
 MakeSubject = Callable[..., EvalSubject]
 
 
@@ -69,3 +71,14 @@ def test_every_point_is_what_ppl_measures(subject_of: MakeSubject, text: str, tm
 def test_more_channels_than_the_head_has_are_refused(subject_of: MakeSubject, text: str) -> None:
     with pytest.raises(InputError, match="label_channels=64 is more than the head's 16"):
         eval_sweep(subject_of(), SweepGrid.parse("1/8", "64x2", "off"), {"text": text}, 12, 1)
+
+
+def test_all_points_have_the_dtype_that_the_largest_fits_with(subject_of: MakeSubject, text: str) -> None:
+    largest = subject_of(token_budget="1/4", label_bits=8, hot_set=1, kv_dtype="fp32").prepared
+    needed = host_total(largest.check([CONTEXT - 1], [CONTEXT]), cuda=False)
+    grid, texts = SweepGrid.parse("1/4,1/32", "8", "off"), {"text": text}
+    result = eval_sweep(subject_of(hot_set=1, host_memory=needed - 1), grid, texts, 12, 1)
+    assert [row["kv_dtype"] for row in result.options["rows"]] == ["int8", "int8"]
+    assert result.config.kv_dtype == "int8"
+    asked = eval_sweep(subject_of(hot_set=1, kv_dtype="int8"), grid, texts, 12, 1)
+    assert result.dense == asked.dense and result.options["rows"] == asked.options["rows"]
