@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import json
 import os
+import re
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,26 @@ from transformers import PreTrainedModel
 
 from ds_offload.calibration_file import Calibration
 from ds_offload.config import OffloadConfig
-from ds_offload.dtypes import QUANTISED_BITS, dtype_name
 from ds_offload.errors import InputError, LoadError
-from ds_offload.fingerprint import fingerprint
 from ds_offload.kept_parts import kept_parts, restore_parts
 from ds_offload.kv_context import KVContext
 from ds_offload.notices import notice
+from ds_offload.prefill_identity import PrefillIdentity
 from ds_offload.sealed_json import seal, unseal
+from ds_offload.session_place import HEADER as SESSION_HEADER
 from ds_offload.tensor_file import FileRecord, check_size, read_tensor, write_file, write_tensor
 
 FORMAT = "ds_offload.prefill"
-VERSION = 2
+VERSION = 3
 HEADER = "prefill.json"
 # From the end of one write to the next, at the end of a layer.
 EVERY_S = 10.0
 # Tokens whose hidden states are written or read at a time.
 _PART_TOKENS = 4096
-_PATTERNS = tuple(f"{part}-*.safetensors" for part in ("layer", "labels", "window", "hidden"))
+# What looks like a checkpoint's file, and what is named as one.
+_ALIKE = re.compile(r"(layer|labels|window|hidden)-.*\.safetensors")
+_NAMED = re.compile(r"(layer|labels|window|hidden)-\d{4,}\.safetensors")
+_OTHER_FOLDER = "give --checkpoint a folder of its own"
 _REMEDY = "give --checkpoint another folder, or empty this one"
 
 
@@ -42,80 +45,43 @@ class CheckpointWriteError(OSError):
     """A checkpoint could not be written; the one before it, if any, is intact."""
 
 
-@dataclass(frozen=True)
-class PrefillIdentity:
-    """What two prefills must share for one to take up the other's layers.
-
-    Attributes:
-        prompt: SHA-256 of the token ids.
-        model: The model's fingerprint.
-        dtype, kv_dtype: Of the model, and of stored K/V.
-        rope: The model's RoPE.
-        caches: What labels and codes of quantised K/V, which cannot be made again, were made
-            with; empty where K/V are not quantised.
-        tokens, layers: Of the prompt and of the model.
-    """
-
-    prompt: str
-    model: str
-    dtype: str
-    kv_dtype: str
-    rope: str
-    caches: str
-    tokens: int
-    layers: int
-
-    @classmethod
-    def of(
-        cls, ids: list[int], model: PreTrainedModel, config: OffloadConfig, calibration: Calibration | None = None
-    ) -> PrefillIdentity:
-        """The identity of a prompt's prefill by `model`; `config` is resolved, its K/V dtype chosen.
-
-        Args:
-            calibration: The model's, where K/V are quantised.
-        """
-        digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
-        rope = json.dumps(model.config.rope_parameters, sort_keys=True, default=str)
-        kv_dtype = str(config.kv_dtype)
-        layers = model.config.num_hidden_layers
-        caches = ""
-        if config.kv_dtype in QUANTISED_BITS:
-            assert calibration is not None, "quantised K/V need one"
-            caches = _caches(config, calibration)
-        return cls(digest, fingerprint(model), dtype_name(model.dtype), kv_dtype, rope, caches, len(ids), layers)
-
-
 def check_checkpoint_folder(folder: Path) -> None:
-    """Make the folder of a checkpoint where there is none, and rid it of what a killed write left.
+    """Make the folder of a checkpoint where there is none.
 
     Raises:
-        InputError: It cannot be written to.
+        InputError: It cannot be written to, or holds files of something else, which a checkpoint would replace.
     """
     try:
+        if (folder / SESSION_HEADER).exists():
+            raise InputError(f"{folder} is a saved session; {_OTHER_FOLDER}")
         folder.mkdir(parents=True, exist_ok=True)
-        for pattern in (f".{HEADER}.tmp", *(f".{pattern}.tmp" for pattern in _PATTERNS)):
-            for leftover in folder.glob(pattern):
-                leftover.unlink()
+        names = os.listdir(folder)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise InputError(
             f"cannot write to the checkpoint folder {folder}: {error.strerror}; give a folder you can write to"
         ) from None
+    alike = sorted(filter(_ALIKE.fullmatch, names))
+    if alike and HEADER not in names:
+        raise InputError(f"{folder} holds {alike[0]} and no {HEADER}, so it is no checkpoint; {_OTHER_FOLDER}")
 
 
 class PrefillCheckpoint:
     """The finished layers' K/V, a file each, the hidden states behind the last of them, and a header.
 
     The header is written last, by renaming: what it names is there, whenever the process
-    ends. Hidden states of the header before are removed behind that. Labels are made again
-    from the K/V, but with quantised K/V, where labels and window are files of their own.
+    ends. Another before it says which files are being written, so that the next process
+    removes what a killed one left, and nothing else. Hidden states of the header before are
+    removed behind the last. Labels are made again from the K/V, but with quantised K/V, where
+    labels and window are files of their own.
 
     Args:
         folder: Made if it is not there.
 
     Raises:
-        InputError: It cannot be written to, or holds a checkpoint that is damaged or of another prefill.
+        InputError: It cannot be written to, or holds a checkpoint that is damaged or of another prefill, or files
+            that are no checkpoint's.
     """
 
     def __init__(self, folder: str | Path, identity: PrefillIdentity) -> None:
@@ -184,38 +150,47 @@ class PrefillCheckpoint:
         Raises:
             CheckpointWriteError: The disk is full, for one; the checkpoint before is intact.
         """
+        tokens = self._identity.tokens
         before = _hidden_name(self._done)
         files = {name: record for name, record in self._files.items() if name != before}
-        writing = self._folder
+        replaced = self._files.keys() - files.keys()
+        parts = [
+            (_part_name(part.name, layer), part)
+            for layer in range(self._done, done)
+            for part in kept_parts(context, layer, sequence, tokens)
+        ]
+        new = [*(name for name, _ in parts), _hidden_name(done)]
+        header = writing = self._folder / HEADER
         try:
             if context.store.device.type == "cuda":
                 # The writer's copies of the last layers are behind what the compute stream has done.
                 torch.cuda.synchronize(context.store.device)
-            for layer in range(self._done, done):
-                for name, dtype, shape, parts in kept_parts(context, layer, sequence, self._identity.tokens):
-                    writing = self._folder / _part_name(name, layer)
-                    files[writing.name] = write_tensor(writing, dtype, shape, parts)
-            writing = self._folder / _hidden_name(done)
-            parts = iter(hidden.split(_PART_TOKENS))
-            files[writing.name] = write_tensor(writing, hidden.dtype, tuple(hidden.shape), parts)
-            writing = self._folder / HEADER
-            write_file(writing, [self._header(files, done)])
+            write_file(header, [self._header(self._files, self._done, new)])
+            for name, part in parts:
+                writing = self._folder / name
+                files[name] = write_tensor(writing, part.dtype, part.shape, part.parts)
+            writing = self._folder / new[-1]
+            files[new[-1]] = write_tensor(writing, hidden.dtype, tuple(hidden.shape), hidden.split(_PART_TOKENS))
+            writing = header
+            write_file(header, [self._header(files, done, replaced)])
         except OSError as error:
-            self._remove_all_but(self._files)
+            self._remove(new if self._done else [*new, HEADER])
             kept = f"the checkpoint of {self._done} layers before it is intact" if self._done else "nothing is kept"
             raise CheckpointWriteError(
                 f"cannot write {writing}: {error.strerror}; {kept}; make room there or give --checkpoint another folder"
             ) from error
         self._files, self._done = files, done
-        self._remove_all_but(files)
+        self._remove(replaced)
         self._written = time.monotonic()
 
     def delete(self) -> None:
         """Remove the checkpoint's files: the prefill is complete."""
-        with contextlib.suppress(OSError):
-            (self._folder / HEADER).unlink()
+        if self._files:
+            with contextlib.suppress(OSError):
+                # A process that is killed from here on leaves what the next one removes.
+                write_file(self._folder / HEADER, [self._header({}, 0, self._files)])
+        self._remove([*self._files, HEADER, f".{HEADER}.tmp"])
         self._files, self._done = {}, 0
-        self._remove_all_but({})
 
     def _restore(self, context: KVContext, sequence: int, layer: int) -> None:
         tokens = self._identity.tokens
@@ -224,12 +199,14 @@ class PrefillCheckpoint:
             read_tensor(self._folder / name, self._files[name], dtype, shape, parts)
         restore_parts(context, layer, sequence, tokens)
 
-    def _header(self, files: dict[str, FileRecord], done: int) -> bytes:
+    def _header(self, files: dict[str, FileRecord], done: int, stray: Iterable[str]) -> bytes:
+        """What is kept, and names of files beside it that a process leaves if it is killed now."""
         content: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "identity": asdict(self._identity),
             "done": done,
+            "stray": sorted(stray),
         }
         content["files"] = {name: asdict(record) for name, record in files.items()}
         return seal(content)
@@ -242,52 +219,30 @@ class PrefillCheckpoint:
                 raise ValueError
             found = PrefillIdentity(**content["identity"])
             files = {name: FileRecord(**record) for name, record in content["files"].items()}
-            done = int(content["done"])
+            done, stray = int(content["done"]), list(content["stray"])
+            if not all(_NAMED.fullmatch(name) for name in (*files, *stray)):
+                raise ValueError
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror}; {_REMEDY}") from None
         except (ValueError, TypeError, KeyError, AttributeError):
             raise InputError(f"{path} is damaged, or of another version; {_REMEDY}") from None
-        if found != self._identity:
-            raise InputError(f"{self._folder} is the checkpoint of another {self._differences(found)}; {_REMEDY}")
+        # One that was killed in its first write has kept nothing.
+        if done and found != self._identity:
+            raise InputError(
+                f"{self._folder} is the checkpoint of another {self._identity.differences(found)}; {_REMEDY}"
+            )
         try:
             for name, record in files.items():
                 check_size(self._folder / name, record)
         except LoadError as error:
             raise LoadError(f"{error}; {_REMEDY}") from None
         self._files, self._done = files, done
+        self._remove([left for name in stray if name not in files for left in (name, f".{name}.tmp")])
 
-    def _differences(self, found: PrefillIdentity) -> str:
-        """What of another prefill differs: "prompt (900 tokens, and this one has 901), kv_dtype (bf16, here fp32)"."""
-        there, here = asdict(found), asdict(self._identity)
-        named = []
-        for field in ("prompt", "model", "dtype", "kv_dtype", "rope", "caches"):
-            if there[field] != here[field]:
-                pair = (there[field], here[field])
-                if field == "prompt":
-                    pair = (f"{found.tokens:,} tokens", f"{self._identity.tokens:,} tokens")
-                elif field == "model":
-                    pair = (f"fingerprint {found.model[:8]}", self._identity.model[:8])
-                named.append(f"{field} ({pair[0]}, here {pair[1]})")
-        return ", ".join(named)
-
-    def _remove_all_but(self, kept: dict[str, FileRecord]) -> None:
-        """Remove layers and hidden states that the header does not name."""
-        for pattern in _PATTERNS:
-            for file in self._folder.glob(pattern):
-                if file.name not in kept:
-                    with contextlib.suppress(OSError):
-                        file.unlink()
-
-
-def _caches(config: OffloadConfig, calibration: Calibration) -> str:
-    """The settings of labels and window, and a digest of the calibration."""
-    names = ("label_code", "label_bits", "label_channels", "sink_tokens", "recent_tokens")
-    settings = ", ".join(f"{name}={getattr(config, name)}" for name in names)
-    digest = hashlib.sha256()
-    codes = calibration.codes.tensors() if calibration.codes is not None else ()
-    for tensor in (calibration.channels, calibration.key_mean, calibration.key_factor, *codes):
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return f"{settings}, calibration {digest.hexdigest()[:8]}"
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            with contextlib.suppress(OSError):
+                (self._folder / name).unlink()
 
 
 def _part_name(part: str, layer: int) -> str:

@@ -170,6 +170,13 @@ def test_another_prefill_is_refused_and_the_checkpoint_is_left(model: Path, tmp_
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
+def kept_in(folder: Path) -> dict[str, bytes]:
+    """The files, without what the header says of those that were being written."""
+    kept = {file.name: file.read_bytes() for file in folder.iterdir()}
+    header = json.loads(kept["prefill.json"])
+    return kept | {"prefill.json": json.dumps([header["done"], header["files"]]).encode()}
+
+
 def _cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
@@ -187,9 +194,6 @@ def test_damage_is_noticed(name: str, damage: Any, model: Path, tmp_path: Path) 
     with make(model) as gen:
         interrupt(gen, folder, 2)
         damage(folder / name)
-        if (name, damage) == ("prefill.json", Path.unlink):
-            assert gen.generate(IDS, max_new_tokens=2, checkpoint=folder).token_ids, "there is no checkpoint then"
-            return
         with pytest.raises(InputError, match=re.escape(name)) as error:
             gen.generate(IDS, max_new_tokens=2, checkpoint=folder)
     assert "\n" not in str(error.value)
@@ -214,7 +218,7 @@ def test_a_full_disk_ends_the_run_and_not_the_checkpoint(
     with make(model) as gen:
         expected = gen.generate(IDS, max_new_tokens=NEW).token_ids
         interrupt(gen, folder, 2)
-        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        before = kept_in(folder)
         write = ds_offload.tensor_file._write
 
         def full(file: Any, part: Any) -> None:
@@ -230,7 +234,7 @@ def test_a_full_disk_ends_the_run_and_not_the_checkpoint(
             ) as error:
                 gen.generate(IDS, max_new_tokens=NEW, checkpoint=folder)
         assert "\n" not in str(error.value) and failing in str(error.value)
-        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+        assert kept_in(folder) == before
         assert gen.generate(IDS, max_new_tokens=NEW, checkpoint=folder).token_ids == expected
 
 
@@ -267,16 +271,6 @@ def test_from_the_command_line(
     assert str(file) in capsys.readouterr().err.splitlines()[-1]
     assert main([*common, "--checkpoint", str(tmp_path / "kept")]) == 0
     assert capsys.readouterr().out == expected
-
-
-def test_no_folder_is_none(model: Path) -> None:
-    with make(model) as gen, pytest.raises(InputError, match="checkpoint='' is empty; give a folder"):
-        gen.generate([1, 2, 3], max_new_tokens=1, checkpoint="")
-
-
-def test_a_batch_has_no_checkpoint(model: Path, tmp_path: Path) -> None:
-    with make(model) as gen, pytest.raises(InputError, match="a checkpoint is of one prompt, and 2 were given"):
-        gen.generate([IDS, IDS], max_new_tokens=2, checkpoint=tmp_path)
 
 
 @pytest.mark.gpu

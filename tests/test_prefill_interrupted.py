@@ -38,19 +38,24 @@ def make(model: Path, device: str = "cpu", **changes: Any) -> OffloadedGenerator
 
 
 CHILD = """
-import os, signal, sys, time
+import os, signal, sys
 import ds_offload.prefill_checkpoint
+import ds_offload.tensor_file
 from ds_offload import OffloadConfig, OffloadedGenerator
 ds_offload.prefill_checkpoint.EVERY_S = 0.0
-model, folder, at, ids = sys.argv[1], sys.argv[2], int(sys.argv[3]), [int(n) for n in sys.argv[4].split()]
+model, folder, at, ids = sys.argv[1], sys.argv[2], sys.argv[3], [int(n) for n in sys.argv[4].split()]
 
-def on_progress(phase, done, total):
-    if phase == "prefill" and done >= at:
+def write(file, part):
+    file.write(part[:len(part) // 2] if at in file.name else part)
+    file.flush()
+    if at in file.name:
         os.kill(os.getpid(), signal.SIGKILL)
+
+ds_offload.tensor_file._write = write
 
 config = OffloadConfig(max_context=512, sink_tokens=2, recent_tokens=4, token_budget=16, segment_tokens=16)
 with OffloadedGenerator.from_pretrained(model, config=config, device="cpu") as gen:
-    gen.generate(ids, max_new_tokens=8, checkpoint=folder, on_progress=on_progress)
+    gen.generate(ids, max_new_tokens=8, checkpoint=folder)
 """
 
 
@@ -61,21 +66,23 @@ def run_child(code: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hears)
 
 
-def test_a_killed_process_is_gone_on_with_by_the_next(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("at", "layers"), [("layer-0000", 0), ("layer-0003", 3), ("hidden-0004", 3)])
+def test_a_killed_process_is_gone_on_with_by_the_next(at: str, layers: int, model: Path, tmp_path: Path) -> None:
+    """It was killed while it wrote a file; the next one writes none, and leaves none behind."""
     folder = tmp_path / "kept"
-    child = run_child(CHILD, str(model), str(folder), str(LENGTH * 3 // LAYERS), " ".join(map(str, IDS)))
+    child = run_child(CHILD, str(model), str(folder), at, " ".join(map(str, IDS)))
     child.communicate(timeout=120)
     assert child.returncode == -signal.SIGKILL
-    # What a process that was killed while it wrote would leave, too.
-    (folder / ".layer-0003.safetensors.tmp").write_bytes(b"half of")
-    (folder / "layer-0003.safetensors").write_bytes(b"not yet in the header")
+    assert (folder / f".{at}.safetensors.tmp").exists()
+    assert (folder / "layer-0003.safetensors").exists() == (at == "hidden-0004")
     with make(model) as gen:
         expected = gen.generate(IDS, max_new_tokens=NEW).token_ids
         started: list[int] = []
         out = gen.generate(
             IDS, max_new_tokens=NEW, checkpoint=folder, on_progress=lambda _, done, __: started.append(done)
         )
-    assert started[0] == LENGTH * 3 // LAYERS
+    if layers:
+        assert started[0] == LENGTH * layers // LAYERS
     assert out.token_ids == expected
     assert list(folder.iterdir()) == []
 
