@@ -72,8 +72,8 @@ class PrefillIdentity:
 
 
 def _caches(config: OffloadConfig, calibration: Calibration) -> str:
-    """The settings of labels and window, and a digest of the calibration."""
-    names = ("label_code", "label_bits", "label_channels", "sink_tokens", "recent_tokens")
+    """The settings of labels and window, and of which layers have them, and a digest of the calibration."""
+    names = ("label_code", "label_bits", "label_channels", "sink_tokens", "recent_tokens", "dense_layers")
     settings = ", ".join(f"{name}={getattr(config, name)}" for name in names)
     digest = hashlib.sha256()
     codes = calibration.codes.tensors() if calibration.codes is not None else ()

@@ -71,6 +71,9 @@ def test_quantised_layers_are_taken_up_with_the_same_labels_only(model: Path, tm
     )
     with make(model, kv_dtype="int4", label_bits=8) as gen, refused:
         gen.generate(IDS, max_new_tokens=NEW, checkpoint=tmp_path / "kept")
+    refused = pytest.raises(InputError, match=r"another caches .*dense_layers=\(\).*here .*dense_layers=\(1,\)")
+    with make(model, kv_dtype="int4", dense_layers=(1,)) as gen, refused:
+        gen.generate(IDS, max_new_tokens=NEW, checkpoint=tmp_path / "kept")
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4])
