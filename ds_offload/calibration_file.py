@@ -210,7 +210,7 @@ def check_writable(path: str | Path) -> None:
     """Refuse a path that `Calibration.save` could not write to.
 
     Raises:
-        InputError: Something other than a file is there, or its folder is missing or not writable.
+        InputError: Something other than a file is there, its folder is missing or not writable, or its name too long.
     """
     folder = Path(path).parent
     if os.path.exists(path) and not os.path.isfile(path):
@@ -219,6 +219,30 @@ def check_writable(path: str | Path) -> None:
         raise InputError(f"cannot write {path}: there is no folder {folder}; make it, or give another path")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"cannot write {path}: the folder {folder} is not writable; give another path")
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; give another path") from None
+
+
+def check_replaceable(path: str) -> None:
+    """Refuse a path that a user named for a calibration if it cannot be written, or a file of another kind is there.
+
+    Raises:
+        InputError: As `check_writable`, or such a file.
+    """
+    check_writable(path)
+    if not os.path.exists(path):
+        return
+    try:
+        with open(path, "rb") as file:
+            start = file.read(2**20)
+    except OSError as error:
+        raise InputError(f"cannot read {path}, which is there: {error.strerror}; give another path") from None
+    if start and _made_as(start) != FORMAT:
+        raise InputError(f"{path} is there and is no calibration, so it is not replaced; give another path")
 
 
 def has_codes(path: str | None) -> bool:
@@ -245,12 +269,16 @@ def check_calibration(path: str) -> None:
     data = read_calibration_file(os.path.expanduser(path))
     if path.lower().endswith(".json") or looks_like_json(data):
         return
-    try:
-        made_as = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["format"]
-    except (ValueError, KeyError, TypeError):
-        made_as = None
-    if made_as != FORMAT:
+    if _made_as(data) != FORMAT:
         raise LoadError(f"{path} is no calibration, or is cut short or damaged; {REMEDY}")
+
+
+def _made_as(data: bytes) -> Any:
+    """The format that the header of a safetensors file names; None where there is none."""
+    try:
+        return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["format"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def read_calibration_file(path: str | Path) -> bytes:

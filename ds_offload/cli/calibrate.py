@@ -48,7 +48,7 @@ def calibrate(
         raise InputError(_too_few(f"file {data!r}"))
 
     from ds_offload.calibration import SHIPPED_TEXT, cached_calibration, calibrate_loaded, shipped_text, text_ids
-    from ds_offload.calibration_file import check_writable
+    from ds_offload.calibration_file import check_replaceable, check_writable
     from ds_offload.decoder import DecoderStack
     from ds_offload.devices import resolve_device
     from ds_offload.families import check_supported
@@ -56,7 +56,7 @@ def calibrate(
     from ds_offload.memory_check import check_weights
 
     if out is not None:
-        check_writable(out)
+        check_replaceable(out)
     device = resolve_device(model.device)
     source = find_model(model.name, load_format=model.load_format, dtype=model.dtype, rope_scaling=model.rope_scaling)
     check_supported(source.config, 1)

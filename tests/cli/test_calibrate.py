@@ -151,6 +151,8 @@ def test_sixty_four_tokens_are_enough(
         (["--tokens", "4q"], "tokens='4q' is not a size"),
         (["--out", "."], "cannot write .: it is not a regular file"),
         (["--out", "no/such/folder/c"], "there is no folder no/such/folder"),
+        # Refused before a model is looked for.
+        (["--out", "c" * 300, "--model", "no-such-model"], f"cannot write {'c' * 300}: File name too long; give"),
         (["--model", "no-such-model"], "no-such-model"),
         (["--device", "tpu"], "device='tpu' is unknown"),
         (["--load-format", "dummy"], "not kept in the cache; give --out FILE"),
@@ -166,6 +168,37 @@ def test_bad_arguments_are_refused(
 def test_a_model_without_a_tokenizer_is_refused(refused: Callable[..., Any], ids_model: str, document: str) -> None:
     ended = refused("calibrate", "--model", ids_model, "--data", document, "--device", "cpu")
     assert "has no tokenizer, and calibration on a text needs one" in ended.err
+
+
+@pytest.mark.parametrize("there", ["the text itself", "weights", "channels"])
+def test_a_file_of_another_kind_is_not_replaced(
+    refused: Callable[..., Any], plain_model: str, document: str, tmp_path: Path, there: str
+) -> None:
+    out = tmp_path / "mine"
+    if there == "the text itself":
+        out = Path(document)
+    elif there == "weights":
+        out.write_bytes((Path(plain_model) / "model.safetensors").read_bytes())
+    else:
+        out.write_text('{"model.layers.0.self_attn": [[1]]}')
+    before = out.read_bytes()
+    ended = refused("calibrate", "--model", plain_model, "--data", document, "--out", str(out), "--device", "cpu")
+    assert f"{out} is there and is no calibration, so it is not replaced; give another path" in ended.err
+    assert out.read_bytes() == before
+
+
+def test_a_calibration_and_an_empty_file_are_replaced(
+    command: Callable[..., Any], plain_model: str, document: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "mine"
+    out.touch()
+    for tokens in ("64", "65"):
+        ended = command(
+            *("calibrate", "--model", plain_model, "--data", document, "--out", str(out), "--tokens", tokens),
+            *("--device", "cpu"),
+        )
+        assert ended.status == 0, ended.err
+        assert load(plain_model, str(out))[0].tokens == int(tokens)
 
 
 def test_a_cache_that_cannot_be_written_is_refused_before_the_work(
