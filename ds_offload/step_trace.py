@@ -18,6 +18,8 @@ SKIPPED_STEPS = 3
 TRACED_STEPS = 4
 # The first token comes from the prompt, and a trace has at least one step.
 LEAST_TOKENS = SKIPPED_STEPS + 2
+# A trace's events begin behind a few lines for each GPU.
+_TRACE_HEAD = 2**20
 
 
 class StepTrace:
@@ -84,7 +86,8 @@ def check_trace(path: Path, tokens: int) -> None:
     """Refuse a trace file that cannot be written, or of an answer of too few tokens.
 
     Raises:
-        InputError: Its folder does not exist, it is a folder, it may not be written, or there is nothing to trace.
+        InputError: Its folder does not exist, it is a folder, it may not be written, it is a file of another
+            kind, or there is nothing to trace.
     """
     if tokens < LEAST_TOKENS:
         raise InputError(
@@ -96,9 +99,18 @@ def check_trace(path: Path, tokens: int) -> None:
         raise InputError(f"trace={path} {reason}; give the name of a file in a folder that exists")
     there = path.exists() or path.is_symlink()
     try:
+        if path.is_file() and not _is_trace(path):
+            raise InputError(f"trace={path} is there and is no trace, so it is not replaced; give another file")
         with path.open("ab"):
             pass
         if not there:
             path.unlink()
     except OSError as error:
         raise InputError(f"cannot write to trace={path}: {error.strerror}; give another file") from error
+
+
+def _is_trace(path: Path) -> bool:
+    """Whether a file is a Chrome trace by how it begins; an empty one is."""
+    with path.open("rb") as file:
+        start = file.read(_TRACE_HEAD)
+    return not start or (start.lstrip().startswith(b"{") and b'"traceEvents"' in start)

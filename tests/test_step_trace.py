@@ -47,6 +47,8 @@ def test_a_trace_shows_the_steps_and_changes_no_token(
         attention = [event for event in kernels if re.search("slot_(vector|tensor_core)_kernel", event["name"])]
         assert len(attention) == TRACED_STEPS * 3
     assert (tmp_path / "other.json").stat().st_size > 1000
+    # What was written may be written again.
+    check_trace(file, new)
 
 
 def test_too_few_tokens_are_refused_and_too_short_an_answer_is_said(
@@ -76,10 +78,10 @@ def test_a_trace_that_cannot_be_written_is_refused_before_the_work(tmp_path: Pat
 
 def test_a_trace_that_may_not_be_written(tmp_path: Path) -> None:
     there, new = tmp_path / "there.json", tmp_path / "new.json"
-    there.write_text("as it was")
+    there.write_text(as_it_was := '{"traceEvents": []}')
     check_trace(there, 99)
     check_trace(new, 99)
-    assert there.read_text() == "as it was" and not new.exists()
+    assert there.read_text() == as_it_was and not new.exists()
     link = tmp_path / "link.json"
     link.symlink_to(new)
     check_trace(link, 99)
@@ -87,6 +89,18 @@ def test_a_trace_that_may_not_be_written(tmp_path: Path) -> None:
     # A file system that takes no files, not even from root.
     with pytest.raises(InputError, match=r"cannot write to trace=/proc/t\.json: No such file or directory; give"):
         check_trace(Path("/proc/t.json"), 99)
+
+
+@pytest.mark.parametrize("content", ["A report of the year.", '{"model_type": "llama"}', '["traceEvents"]'])
+def test_a_file_of_another_kind_is_not_replaced(content: str, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.write_text(content)
+    with pytest.raises(InputError, match="there is there and is no trace, so it is not replaced; give another file"):
+        check_trace(there, 99)
+    assert there.read_text() == content
+    there.write_text("")
+    check_trace(there, 99)
+    check_trace(Path(os.devnull), 99)
 
 
 def test_a_trace_that_the_disk_has_no_room_for_is_said(

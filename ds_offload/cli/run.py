@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ from ds_offload.cli.option_groups import (
     sampling_options,
 )
 from ds_offload.cli.progress import ProgressReport
-from ds_offload.cli.text_source import read_prompt
+from ds_offload.cli.text_source import STDIN, read_prompt
 from ds_offload.config import OffloadConfig
 from ds_offload.errors import InputError
 from ds_offload.notices import notice, warn
@@ -89,6 +90,9 @@ def run(
     if trace is not None:
         from ds_offload.step_trace import check_trace
 
+        read_from = prompt_file if prompt_file is not None and prompt_file != STDIN else None
+        if read_from is not None and os.path.exists(trace) and os.path.samefile(read_from, trace):
+            raise InputError(f"--trace {trace!r} is the file of the prompt; give another file")
         check_trace(Path(trace), longest)
     from ds_offload.generator import OffloadedGenerator
     from ds_offload.prefill_checkpoint import check_checkpoint_folder

@@ -262,3 +262,13 @@ def test_as_a_process(ids_model: str) -> None:
     wrong = subprocess_run([*common, "--token-budget", "0"], input=IDS.encode())
     assert (wrong.returncode, wrong.stdout) == (2, b"")
     assert wrong.stderr.startswith(b"ds-offload: error: token_budget='0'") and wrong.stderr.count(b"\n") == 1
+
+
+def test_a_trace_does_not_replace_the_prompt(refused: Any, ids_model: str, tmp_path: Path) -> None:
+    prompt, link = tmp_path / "prompt.txt", tmp_path / "link"
+    prompt.write_text(IDS)
+    link.symlink_to(prompt)
+    common = ("run", *CPU, "--model", ids_model, "--max-new-tokens", "9", "--trace", str(link))
+    assert "is the file of the prompt; give another file" in refused(*common, "--prompt-file", str(prompt)).err
+    assert "is no trace, so it is not replaced" in refused(*common, stdin=IDS.encode()).err
+    assert prompt.read_text() == IDS
