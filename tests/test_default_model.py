@@ -1,5 +1,6 @@
 """GGUF files and the default model: converted once, whole, by one process of several."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -45,6 +46,17 @@ def paired(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of a q or k projection in GGUF's order: the two halves of a head's RoPE pairs side by side."""
     rows, columns = weight.shape
     return weight.reshape(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def test_a_cache_folder_that_may_not_be_entered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shut(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_file", shut)
+    with pytest.raises(
+        LoadError, match=r"cannot be made .*Permission denied.*; DS_OFFLOAD_CACHE moves the cache folder"
+    ):
+        default_model.default_model_folder()
 
 
 def write_gguf(path: Path, model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -23,6 +24,8 @@ from ds_offload.errors import InputError
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 LONGEST_REASON = 600
+# What says that the path which the user gave is none to use.
+_WRONG_PATH = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EROFS}
 
 # typer brings its own copy of click in some versions and imports it in others; both derive from this.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -99,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _end(WRONG_INPUT, f"error: {error}", debug)
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None and error.errno in _WRONG_PATH:
+            path = os.fsdecode(error.filename)
+            return _end(WRONG_INPUT, f"error: cannot use {path}: {error.strerror}; give another path", debug)
         reason = f"{type(error).__name__}: {error}" if str(error).strip() else type(error).__name__
         return _end(FAILED, f"failed: {reason}", debug, "; --debug shows where")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -92,6 +93,10 @@ RUN = ("run", "--prompt", "1 2 3")
         (RuntimeError("two\n  lines"), 1, "failed: RuntimeError: two lines; --debug shows where"),
         (MemoryError(), 1, "failed: MemoryError; --debug shows where"),
         (KeyError("k"), 1, "failed: KeyError: 'k'; --debug shows where"),
+        (OSError(errno.EIO, "Broken", "f"), 1, "failed: OSError: [Errno 5] Broken: 'f'; --debug shows where"),
+        (PermissionError(errno.EACCES, "No"), 1, "failed: PermissionError: [Errno 13] No; --debug shows where"),
+        (PermissionError(errno.EACCES, "No", "f"), 2, "error: cannot use f: No; give another path"),
+        (OSError(errno.EROFS, "No", Path("f")), 2, "error: cannot use f: No; give another path"),
         (ds_offload.InputError("max_context=1\nis wrong"), 2, "error: max_context=1 is wrong"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (typer.Abort(), 130, "interrupted"),
