@@ -108,7 +108,7 @@ def _config_in_folder(folder: Path, name: str) -> PreTrainedConfig:
 def _locate(name: str, dummy: bool) -> tuple[str, PreTrainedConfig]:
     """Location and config of what the user wrote. A dummy alias never touches disk or network."""
     if _looks_like_path(name):
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         if path.suffix == ".gguf":
             config = read_gguf_config(path)
             check_family(name, config.to_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def read_document(
 def load_session(generator: OffloadedGenerator, path: str | Path) -> Session:
     """A session that was saved; see `OffloadedGenerator.load_session`."""
     generator.check_open()
-    folder = Path(path).expanduser().absolute()
+    folder = Path(os.path.expanduser(path)).absolute()
     recover(folder)
     header = SessionHeader.read(folder)
     # Where the dtype of K/V was left open it is the session's.

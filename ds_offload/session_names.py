@@ -14,7 +14,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 def sessions_folder(given: str | None) -> Path:
     """The folder of named sessions: `given`, else one in the cache folder. It may not exist yet."""
-    return Path(given).expanduser().absolute() if given else cache_folder() / "sessions"
+    return Path(os.path.expanduser(given)).absolute() if given else cache_folder() / "sessions"
 
 
 def session_path(name: str, sessions_dir: str | None) -> Path:
@@ -24,7 +24,7 @@ def session_path(name: str, sessions_dir: str | None) -> Path:
         InputError: It is neither a path nor a name.
     """
     if os.sep in name or name.startswith("~"):
-        return Path(name).expanduser().absolute()
+        return Path(os.path.expanduser(name)).absolute()
     if _NAME.fullmatch(name) is None:
         raise InputError(
             f"{name[:100]!r} is no name of a session; give letters, digits, dots, dashes and underlines, "

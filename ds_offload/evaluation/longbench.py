@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +76,7 @@ def data_files(folder: str, pattern: str, what: str) -> list[Path]:
     Raises:
         InputError: It is no folder, or has none.
     """
-    root = Path(folder).expanduser()
+    root = Path(os.path.expanduser(folder))
     if not root.is_dir():
         raise InputError(f"--data {folder!r} is no folder; give the folder of {what}")
     files = sorted(root.glob(pattern))

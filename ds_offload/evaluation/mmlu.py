@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ def read_mmlu(folder: str) -> list[MmluSubject]:
     Raises:
         InputError: No such folder, no test file in it, or wrong columns.
     """
-    root = Path(folder).expanduser()
+    root = Path(os.path.expanduser(folder))
     inner = root / "test" if (root / "test").is_dir() else root
     subjects = []
     for path in data_files(str(inner), "*_test.csv", "MMLU's csv files"):

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from ds_offload import InputError, OffloadedGenerator
+from ds_offload.cache_folder import cache_folder
+
 RUN = ("run", "--device", "cpu", "--prompt", "1 2 3")
 COMMANDS = {
     "model": (*RUN, "--model", "PATH"),
@@ -60,3 +63,32 @@ def test_a_folder_that_may_not_be_entered(
     monkeypatch.setattr(os, "open", refusing(open_file))
     ended = refused(*arguments(name, f"{shut}/there", ids_model))
     assert f"{shut}/there" in ended.err
+
+
+@pytest.mark.parametrize("name", ["model", "gguf", "session show", "session rm", "sessions-dir", "longbench", "mmlu"])
+def test_the_home_of_a_user_that_is_not_there(refused: Callable[..., Any], ids_model: str, name: str) -> None:
+    """As in a shell, it is a name like any other."""
+    assert "~no-such-user/there" in refused(*arguments(name, "~no-such-user/there", ids_model)).err
+
+
+def test_a_saved_session_in_the_home_of_no_user(ids_model: str) -> None:
+    with (
+        OffloadedGenerator.from_pretrained(ids_model, device="cpu") as generator,
+        pytest.raises(InputError, match=r"there is no session .*/~no-such-user/book"),
+    ):
+        generator.load_session("~no-such-user/book")
+
+
+def test_the_cache_folder_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DS_OFFLOAD_CACHE", "~no-such-user/cache")
+    assert cache_folder() == tmp_path / "~no-such-user" / "cache"
+    monkeypatch.delenv("DS_OFFLOAD_CACHE")
+    monkeypatch.delenv("HOME", raising=False)
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(InputError, match="has no home folder to keep models in; set DS_OFFLOAD_CACHE to a folder"):
+        cache_folder()
