@@ -78,6 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # The caller closed it. `print` would write to the other stream instead of none.
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - it stays open
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets a question mark, not an error.
         if hasattr(stream, "reconfigure"):
@@ -86,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = typer.main.get_command(app)
         with command.make_context("ds-offload", given) as context:
             command.invoke(context)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return DONE
     except typer.Exit as request:
         return request.exit_code

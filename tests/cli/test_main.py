@@ -138,9 +138,25 @@ def test_a_reader_that_goes_away() -> None:
     assert (ended.returncode, ended.stderr) == (1, "")
 
 
-def test_without_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_without_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ids_model: str, options: tuple[str, ...]
+) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     assert main(["run", "--prompt", ""]) == 2
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main([*RUN, "--model", ids_model, "--device", "cpu", "--max-new-tokens", "2", *options]) == 0
+    assert "failed" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("closed", "status"), [(1, 0), (2, 2)])
+def test_a_stream_that_the_shell_has_closed(closed: int, status: int) -> None:
+    """`>&-` and `2>&-`: what goes to one stream does not come out of the other."""
+    line = f'exec "$0" -m ds_offload {"--help" if status == 0 else "ran"} {closed}>&-'
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(["sh", "-c", line, sys.executable], env=environment, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (status, b"", b"")
 
 
 def test_text_that_the_terminal_cannot_show() -> None:
