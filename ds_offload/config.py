@@ -6,12 +6,14 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any, Literal
 
 from ds_offload.errors import InputError
 from ds_offload.label_choice import check_labels, choose_labels
 
+SIZE_LIMIT = 2**53  # below it floats, which times are estimated in, hold every size
 KV_DTYPES = ("auto", "bf16", "fp16", "fp32", "int8", "int4")
 TOP_P_CAP = Fraction(1, 4)
 # By which `monitor="widen"` raises the budget, one after the other; memory is planned for the last.
@@ -29,19 +31,18 @@ _BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**1
 
 
 def _parse_size(value: Any, units: dict[str, int], field: str, example: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise InputError(f"{field}={value!r} is not a size; write {example}")
-    if isinstance(value, int):
-        size = value
-    else:
-        match = re.fullmatch(r"\s*(\d[\d_,]*(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
-        unit = units.get(match[2].lower()) if match else None
-        if match is None or unit is None:
-            raise InputError(f"{field}={value!r} is not a size; write {example}")
-        size = int(Fraction(re.sub("[_,]", "", match[1])) * unit)
-    if size < 1:
-        raise InputError(f"{field}={value!r} must be at least 1; write {example}")
-    return size
+    text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
+    match = re.fullmatch(r"\s*(-?\d[\d_,]*(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in units:
+        raise InputError(f"{field}={value!r:.60} is not a size; write {example}")
+    unit = units[match[2].lower()]
+    size = Fraction(Decimal(re.sub("[_,]", "", match[1]))) * unit  # `int` refuses more than 4,300 digits
+    # Memory is written with a fraction, such as 23.7GiB, that need not come to whole bytes.
+    if size % 1 and (unit == 1 or units is _TOKEN_UNITS):
+        raise InputError(f"{field}={value!r:.60} is not a whole number; write {example}")
+    if not 1 <= size < SIZE_LIMIT:
+        raise InputError(f"{field}={value!r:.60} must be at least 1 and under 2^53; write {example}")
+    return int(size)
 
 
 def parse_tokens(value: int | str, field: str = "max_context", example: str = "") -> int:
@@ -89,7 +90,6 @@ class TokenBudget:
                     if not 0 < fraction <= 1:
                         raise wrong
                     return cls(fraction=fraction)
-                return cls(count=parse_tokens(text, "token_budget"))
             if isinstance(value, float):
                 if not (math.isfinite(value) and 0 < value <= 1):
                     raise wrong
@@ -244,8 +244,8 @@ class OffloadConfig:
 
     def _at_least(self, field: str, least: int) -> None:
         value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{field}={value!r} must be a whole number of at least {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < SIZE_LIMIT:
+            raise InputError(f"{field}={value!r:.60} must be a whole number of at least {least} and under 2^53")
 
     @property
     def hot_set_multiple(self) -> float:

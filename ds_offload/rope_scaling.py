@@ -11,6 +11,7 @@ from ds_offload.errors import InputError
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 OVERRIDES = ("linear", "dynamic", "yarn")
+MOST_FACTOR = 1_000_000  # from 4,096 positions to 4 billion
 
 
 def rope_type(config: PreTrainedConfig) -> str:
@@ -50,11 +51,11 @@ def apply_rope_scaling(config: PreTrainedConfig, scaling: str) -> None:
     modules read the config once.
 
     Raises:
-        InputError: Another kind, or a factor that is missing or under 1.
+        InputError: Another kind, or a factor that is missing, under 1 or over `MOST_FACTOR`.
     """
     wrong = InputError(
-        f"rope_scaling={scaling!r} is not known; write linear:FACTOR, dynamic, dynamic:FACTOR or yarn:FACTOR "
-        "with a factor of at least 1, such as yarn:4"
+        f"rope_scaling={scaling!r:.60} is not known; write linear:FACTOR, dynamic, dynamic:FACTOR or yarn:FACTOR "
+        f"with a factor from 1 to {MOST_FACTOR:,}, such as yarn:4"
     )
     if not isinstance(scaling, str):
         raise wrong
@@ -65,7 +66,7 @@ def apply_rope_scaling(config: PreTrainedConfig, scaling: str) -> None:
         factor = float(text) if colon else 1.0
     except ValueError:
         raise wrong from None
-    if not (math.isfinite(factor) and factor >= 1):
+    if not 1 <= factor <= MOST_FACTOR:
         raise wrong
     original = original_context(config)
     theta = config.rope_parameters["rope_theta"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ds_offload.config import OffloadConfig
+from ds_offload.config import OffloadConfig, parse_bytes, parse_tokens
 from ds_offload.errors import InputError
 from ds_offload.kernels.label_codec import LabelLayout
 from ds_offload.label_choice import default_label_channels
@@ -31,6 +31,40 @@ from ds_offload.label_choice import default_label_channels
 def test_default_label_channels_fill_their_rows(head_dim: int, bits: int, channels: int, row_bytes: int) -> None:
     assert default_label_channels(head_dim, bits) == channels
     assert LabelLayout(channels, bits).row_bytes == row_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("4096", 4096), (7, 7), ("1.5k", 1536), ("0.5k", 512), ("2.0", 2), ("1_000", 1000), (str(2**53 - 1), 2**53 - 1)],
+)
+def test_sizes_in_tokens(text: int | str, tokens: int) -> None:
+    assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["2.9", "20.7", "0.5", "1.3k", "9." + "9" * 5000])
+def test_a_part_of_a_token_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"is not a whole number; write a number of tokens such as 4096, 256k or 1M"):
+        parse_tokens(text)
+
+
+@pytest.mark.parametrize("text", ["0", -1, 2**53, "8388608g", "1" + "0" * 30, "1" + "0" * 320, "9" * 5000])
+def test_sizes_are_under_2_to_the_53(text: int | str) -> None:
+    with pytest.raises(InputError, match=r"must be at least 1 and under 2\^53; write a number of tokens") as caught:
+        parse_tokens(text)
+    assert len(str(caught.value)) < 200
+
+
+def test_memory_may_come_to_a_part_of_a_byte() -> None:
+    """As the plan prints it."""
+    assert parse_bytes("23.72GiB") == int(23.72 * 2**30) and parse_bytes("1.5kB") == 1500
+    with pytest.raises(InputError, match="is not a whole number; write a number of bytes such as 24GiB or 24GB"):
+        parse_bytes("1.5")
+
+
+@pytest.mark.parametrize("field", ["sink_tokens", "recent_tokens", "monitor_every"])
+def test_whole_numbers_are_under_2_to_the_53(field: str) -> None:
+    with pytest.raises(InputError, match=rf"{field}=1000.* must be a whole number of at least \d and under 2\^53"):
+        OffloadConfig(**{field: 10**30})
 
 
 @pytest.mark.parametrize("field", ["calibration", "kv_dir"])

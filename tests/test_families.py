@@ -222,7 +222,10 @@ def test_an_override_does_not_hide_that_rotation_is_partial(place: str, scaling:
     assert "rotates only 0.5 of each head" in refusal(config)
 
 
-@pytest.mark.parametrize("scaling", ["yarn", "linear", "llama3:8", "yarn:0.5", "yarn:x", "yarn:", "yarn:inf", "", "4"])
+@pytest.mark.parametrize(
+    "scaling",
+    ["yarn", "linear", "llama3:8", "yarn:0.5", "yarn:x", "yarn:", "yarn:inf", "yarn:nan", "yarn:1000001", "", "4"],
+)
 def test_bad_overrides_are_refused(scaling: str) -> None:
     with pytest.raises(InputError, match="yarn:4") as caught:
         apply_rope_scaling(tiny_config("llama"), scaling)

@@ -9,6 +9,8 @@ from ds_offload.config import TokenBudget, parse_tokens
 from ds_offload.errors import InputError, MemoryPlanError
 from ds_offload.memory.plan import CUDA_RESERVE_BYTES
 
+MOST_SEQUENCES = 1 << 16  # far more than any GPU decodes together
+
 
 def parse_sizes(text: str, field: str) -> tuple[int, ...]:
     """Numbers with commas between them, such as "16k,64k", each at least 1.
@@ -23,12 +25,15 @@ def parse_sizes(text: str, field: str) -> tuple[int, ...]:
 
 
 def parse_count(text: str, field: str) -> int:
-    """One number, at least 1.
+    """One number, at least 1; a batch is at most `MOST_SEQUENCES`.
 
     Raises:
         InputError: Anything else.
     """
-    return parse_tokens(text, field) if field == "ctx" else parse_tokens(text, field, "a whole number such as 8")
+    count = parse_tokens(text, field) if field == "ctx" else parse_tokens(text, field, "a whole number such as 8")
+    if field == "batch" and count > MOST_SEQUENCES:
+        raise InputError(f"batch={text!r:.60} must be at most {MOST_SEQUENCES:,} sequences; give a smaller one")
+    return count
 
 
 def kept_tokens(budget: TokenBudget, tokens: int) -> int:

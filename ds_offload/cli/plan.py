@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from ds_offload.cli.config_options import config_options
-from ds_offload.cli.option_groups import ModelOptions, model_options, read_number
+from ds_offload.cli.option_groups import ModelOptions, model_options
 from ds_offload.config import OffloadConfig
-from ds_offload.errors import InputError
 from ds_offload.machine.published import PUBLISHED
 from ds_offload.notices import notice
 
@@ -39,10 +38,9 @@ def plan(
 
     Ends with status 0 where it fits, and 1 where it does not.
     """
-    sequences = read_number(batch, int)
-    if not isinstance(sequences, int) or sequences < 1:
-        raise InputError(f"batch={batch!r} must be a whole number of at least 1")
+    from ds_offload.bench.sizes import parse_count
 
+    sequences = parse_count(batch, "batch")
     from ds_offload.families import describe_rope
     from ds_offload.planning.report import PlanReport, find_source, resolve_request
     from ds_offload.planning.target import find_target

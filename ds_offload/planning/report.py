@@ -8,8 +8,9 @@ from typing import Any
 
 from ds_offload.aliases import ALIASES, SHIPPED_MODELS
 from ds_offload.calibration_file import check_calibration, has_codes
-from ds_offload.config import OffloadConfig
+from ds_offload.config import SIZE_LIMIT, OffloadConfig
 from ds_offload.dtypes import dtype_name
+from ds_offload.errors import InputError
 from ds_offload.families import check_supported
 from ds_offload.loading import ModelSource, find_model
 from ds_offload.memory.plan import MemoryPlan
@@ -182,6 +183,10 @@ def resolve_request(source: ModelSource, config: OffloadConfig, batch: int, cuda
     )
     request = Request(source, resolved, cuda, batch)
     check_supported(source.config, request.context)
+    if batch * request.context >= SIZE_LIMIT:
+        raise InputError(
+            f"{batch:,} sequences of {request.context:,} tokens are 2^53 tokens or more; lower the batch or max_context"
+        )
     return request
 
 
