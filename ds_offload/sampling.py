@@ -24,7 +24,7 @@ from ds_offload.errors import InputError
 from ds_offload.notices import warn
 
 LOWEST_TEMPERATURE = 1e-4  # below it, float32 logits divided by the temperature may overflow
-
+PENALTIES = (0.01, 100)  # beyond them, float32 logits times or divided by the penalty may overflow
 
 _warn_once = functools.cache(warn)
 
@@ -84,8 +84,9 @@ class SamplingParams:
         if self.min_p is not None and not (_number(self.min_p) and 0 <= self.min_p <= 1):
             raise InputError(f"min_p={self.min_p!r} must be between 0 and 1, such as 0.05")
         penalty = self.repetition_penalty
-        if penalty is not None and not (_number(penalty) and penalty > 0):
-            raise InputError(f"repetition_penalty={penalty!r} must be over 0, such as 1.1 (1 is off)")
+        low, high = PENALTIES
+        if penalty is not None and not (_number(penalty) and low <= penalty <= high):
+            raise InputError(f"repetition_penalty={penalty!r} must be from {low} to {high}, such as 1.1 (1 is off)")
         seed = self.seed
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63):
             raise InputError(f"seed={seed!r} must be a whole number from 0 to 2^63 - 1")

@@ -137,10 +137,19 @@ def test_generated_tokens_are_penalised_too() -> None:
     assert [sampler(logits) for _ in range(3)] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("penalty", [0.01, 100])
+@pytest.mark.parametrize("temperature", [1e-4, 1.0])
+def test_the_strongest_penalties_can_be_drawn_with(penalty: float, temperature: float) -> None:
+    sampler = Sampler(SamplingParams(repetition_penalty=penalty, temperature=temperature, seed=1), [0, 1], "cpu")
+    logits = torch.tensor([-100.0, 100.0, 1.0])
+    assert torch.isfinite(sampler.process(logits)).all() and 0 <= sampler(logits) < 3
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("max_new_tokens", 0),
+        ("max_new_tokens", "2.9"),
         ("max_new_tokens", "64q"),
         ("temperature", -0.1),
         ("temperature", 1e-9),
@@ -155,6 +164,8 @@ def test_generated_tokens_are_penalised_too() -> None:
         ("min_p", 2),
         ("repetition_penalty", 0),
         ("repetition_penalty", -1.0),
+        ("repetition_penalty", 1e-40),
+        ("repetition_penalty", 100.5),
         ("stop", ""),
         ("stop", ["a", ""]),
         ("stop", [1]),
