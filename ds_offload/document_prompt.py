@@ -44,7 +44,8 @@ class DocumentPrompt:
         """The prompt of a document, and its first tokens, which are those of any question about it.
 
         Raises:
-            InputError: An empty document, no tokenizer, or a document too short to have tokens of its own.
+            InputError: An empty document, no tokenizer, or a document too short to have tokens of its own, or
+                a chat template that changes the text it is given.
         """
         check_text(document, "the document")
         if tokenizer is None:
@@ -56,7 +57,7 @@ class DocumentPrompt:
         if has_chat_template(tokenizer):
             content = f"{text}\n\n{_MARK}"
             rendered = render_messages([{"role": "user", "content": content}], tokenizer)
-            text = rendered[: rendered.rindex(_MARK)].removesuffix("\n\n")
+            text = _around(rendered.rpartition(_MARK))[0].removesuffix("\n\n")
         whole = cls(text, 0, hashlib.sha256(document.encode()).hexdigest())
         first = whole.ids([], _PROBES[0], tokenizer)
         prompt = whole._shortened(first, tokenizer) or whole
@@ -123,7 +124,7 @@ def further_ids(question: str, tokenizer: Any, last: int | None) -> list[int]:
         return tokenize(f"\n\nQuestion: {question}\nAnswer:", tokenizer, special=False)
     messages = [("user", "?"), ("assistant", _MARK), ("user", question)]
     rendered = render_messages([{"role": role, "content": content} for role, content in messages], tokenizer)
-    ids = tokenize(rendered[rendered.index(_MARK) + len(_MARK) :], tokenizer, special=False)
+    ids = tokenize(_around(rendered.partition(_MARK))[1], tokenizer, special=False)
     return ids[1:] if ids[0] == last else ids
 
 
@@ -137,4 +138,19 @@ def _behind(question: str, tokenizer: Any) -> str:
     if not has_chat_template(tokenizer):
         return f"\n\nQuestion: {question}\nAnswer:"
     rendered = render_messages([{"role": "user", "content": f"{_MARK}\n\n{question}"}], tokenizer)
-    return rendered[rendered.index(_MARK) + len(_MARK) :]
+    return _around(rendered.partition(_MARK))[1]
+
+
+def _around(parts: tuple[str, str, str]) -> tuple[str, str]:
+    """The text before the mark and behind it.
+
+    Raises:
+        InputError: The template left no mark.
+    """
+    before, mark, behind = parts
+    if not mark:
+        raise InputError(
+            "the model's chat template changes the text it is given, so a document cannot be read before its "
+            "questions; use `ds-offload run` without --session"
+        )
+    return before, behind

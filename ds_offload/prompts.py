@@ -128,7 +128,7 @@ def render_messages(messages: list[dict[str, str]], tokenizer: Any) -> str:
     """The text that the chat template makes of messages, with the opening of the answer.
 
     Raises:
-        InputError: The template refuses them.
+        InputError: The template refuses them, or fails.
     """
     return str(_apply_template(messages, tokenizer, tokenize=False))
 
@@ -161,3 +161,9 @@ def _apply_template(messages: list[Any], tokenizer: Any, **options: Any) -> Any:
     except TemplateError as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the model's chat template refuses these messages: {reason}") from None
+    except Exception as error:
+        # A template is a program of the checkpoint's: it may fail in any way.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(
+            f"the model's chat template fails on these messages ({reason}); correct it in the model's folder"
+        ) from error

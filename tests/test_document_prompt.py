@@ -109,6 +109,17 @@ def test_marks_in_the_texts_do_no_harm() -> None:
     assert mark in tokenizer.decode(further_ids(question, tokenizer, None))
 
 
+def test_a_template_that_changes_the_text_is_refused() -> None:
+    tokenizer = trained(TEMPLATE.replace("| trim", "| upper"), True)
+    for read in (
+        lambda: DocumentPrompt.read(TEXT, tokenizer),
+        lambda: DocumentPrompt("<|im_start|>user\nA BOOK.", 0, "").ids([], "Who?", tokenizer),
+        lambda: further_ids("Why?", tokenizer, None),
+    ):
+        with pytest.raises(InputError, match=r"changes the text it is given, .* `ds-offload run` without --session"):
+            read()
+
+
 @pytest.mark.parametrize("document", ["", " \n", "\ud800"])
 def test_what_is_no_document(document: str) -> None:
     with pytest.raises(InputError, match="the document"):

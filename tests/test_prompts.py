@@ -102,6 +102,21 @@ def test_wrong_prompts(tokenizer: PreTrainedTokenizerFast, case: str) -> None:
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ({"tool_use": TEMPLATE}, "ValueError: "),
+        ("{{ 1 + messages[0].content }}", "TypeError: unsupported operand"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_template_that_fails_is_one_line(template: Any, words: str) -> None:
+    tokenizer = make_tokenizer(template)
+    with pytest.raises(InputError, match="the model's chat template fails on these messages") as caught:
+        encode_prompt([{"role": "user", "content": "Hi"}], tokenizer)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_text_and_messages_need_a_tokenizer(plain_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(InputError, match="no tokenizer"):
         encode_prompt("Hello", None)
