@@ -54,6 +54,8 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError("its weight_map names no files")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise LoadError(f"{index} cannot be read: {one_line(error)}; fetch the file again") from error
         missing = [name for name in names if not (folder / name).is_file()]

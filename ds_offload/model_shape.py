@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ds_offload.decode_layers import is_plain
+from ds_offload.errors import LoadError
 from ds_offload.rope_scaling import trained_context
 
 
@@ -41,11 +42,18 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> ModelShape:
-        """Read the sizes from a config of a supported family; parameters are counted on the meta device."""
+        """Read the sizes from a config of a supported family; parameters are counted on the meta device.
+
+        Raises:
+            LoadError: A config without layers.
+        """
+        layers = config.num_hidden_layers
+        if layers < 1:
+            raise LoadError(f"num_hidden_layers={layers!r} must be at least 1; fetch config.json again")
         model = build_on_meta(config, torch.bfloat16)
         heads = config.num_attention_heads
         return cls(
-            layers=config.num_hidden_layers,
+            layers=layers,
             hidden_size=config.hidden_size,
             heads=heads,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,

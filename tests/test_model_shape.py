@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from ds_offload.errors import LoadError
 from ds_offload.model_shape import ModelShape
 
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 300}
@@ -26,6 +27,14 @@ def test_parameters_are_those_of_a_built_model(family: str, kv_heads: int, tied:
 def test_a_head_size_of_its_own_is_kept() -> None:
     shape = ModelShape.from_config(CONFIG_MAPPING["qwen3"](**TINY, num_key_value_heads=2, head_dim=32))
     assert shape.head_dim == 32
+
+
+@pytest.mark.parametrize("layers", [0, -1])
+def test_a_config_without_layers_is_refused(layers: int) -> None:
+    config = CONFIG_MAPPING["llama"](**TINY)
+    config.num_hidden_layers = layers
+    with pytest.raises(LoadError, match=f"num_hidden_layers={layers} must be at least 1; fetch config.json again"):
+        ModelShape.from_config(config)
 
 
 def test_the_config_is_left_as_it_was() -> None:
