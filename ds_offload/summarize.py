@@ -58,8 +58,13 @@ def check_summary_fits(
     max_new_tokens: int,
     max_context: int,
     trained_context: int,
+    original_context: int,
 ) -> int:
     """Refuse documents that do not fit the context together with their summary.
+
+    Args:
+        trained_context: Positions the model claims, its RoPE scaling included.
+        original_context: Positions before any scaling, which is what --rope-scaling stretches.
 
     Returns:
         Tokens of the prompt.
@@ -78,7 +83,7 @@ def check_summary_fits(
     )
     if needed <= trained_context:
         raise InputError(f"{line}; set --ctx {needed} or more (the model was trained for {trained_context:,})")
-    factor = math.ceil(needed / trained_context)
+    factor = math.ceil(needed / original_context)
     raise InputError(
         f"{line}, and the model was trained for {trained_context:,}; choose a model for longer texts with --model, "
         f"stretch this one with --rope-scaling yarn:{factor} --ctx {needed}, or shorten the text"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+from tiny_models import tiny_config
 
 from ds_offload.byte_tokenizer import ByteTokenizer
 from ds_offload.errors import InputError
+from ds_offload.rope_scaling import apply_rope_scaling, original_context, trained_context
 from ds_offload.summarize import check_summary_fits, summary_prompt, summary_tokens
 
 PLAIN = ByteTokenizer(256)
@@ -59,6 +62,7 @@ def test_what_fits() -> None:
             max_new_tokens=summary_tokens(10),
             max_context=max_context,
             trained_context=trained_context,
+            original_context=trained_context,
         )
 
     assert check(tokens + 20, 1000) == tokens
@@ -69,3 +73,37 @@ def test_what_fits() -> None:
     assert f"--ctx {tokens + 20} or more" in message and "\n" not in message
     with pytest.raises(InputError, match=r"trained for 100;.*--model.*--rope-scaling yarn:2 --ctx"):
         check(100, 100)
+
+
+@pytest.mark.parametrize(
+    ("rope", "scaling"),
+    [
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}, None),
+        ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}, None),
+        ({"rope_type": "default"}, "yarn:8"),
+        ({"rope_type": "default"}, "linear:8"),
+    ],
+)
+def test_the_factor_that_is_advised_reaches(rope: dict[str, Any], scaling: str | None) -> None:
+    """--rope-scaling stretches the positions before any scaling, whatever the model has or was given."""
+    rope |= {"rope_theta": 1e4, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = tiny_config("llama", max_position_embeddings=64 if scaling else 512, rope_parameters=rope)
+    if scaling is not None:
+        apply_rope_scaling(config, scaling)
+    assert (original_context(config), trained_context(config)) == (64, 512)
+    documents = {"a.txt": "x" * 1000}
+    prompt = summary_prompt(documents, 10, PLAIN)
+    with pytest.raises(InputError) as caught:
+        check_summary_fits(
+            documents,
+            prompt,
+            PLAIN,
+            max_new_tokens=20,
+            max_context=512,
+            trained_context=trained_context(config),
+            original_context=original_context(config),
+        )
+    advice = re.search(r"--rope-scaling (yarn:\d+) --ctx (\d+)", str(caught.value))
+    assert advice is not None
+    apply_rope_scaling(config, advice[1])
+    assert trained_context(config) >= int(advice[2]) == len(prompt) + 20

@@ -43,6 +43,7 @@ def summarize(
     from ds_offload.generator import OffloadedGenerator
     from ds_offload.preparation import PreparedModel
 
+    from ds_offload.rope_scaling import original_context
     prepared = PreparedModel.find(**dataclasses.asdict(model), config=config)
     room = prepared.config.max_context
     assert isinstance(room, int)
@@ -55,6 +56,7 @@ def summarize(
         max_context=room,
         trained_context=prepared.source.shape.trained_context,
     )
+        original_context=original_context(prepared.source.config),
     ids = prepared.encode(prompt)
     prepared.check_answer(ids, longest)
     with OffloadedGenerator.from_prepared(prepared) as generator:

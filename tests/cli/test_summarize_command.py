@@ -63,6 +63,12 @@ def test_files_of_the_same_name_keep_their_paths(tmp_path: Path) -> None:
     assert read_documents([str(path) for path in paths]) == {str(paths[0]): "a", str(paths[1]): "b"}
 
 
+def test_the_advised_factor_stretches_the_original_positions(refused: Any, plain_model: str, book: Path) -> None:
+    book.write_text("The keeper wrote it down. " * 60)
+    line = refused("summarize", *CPU, "--model", plain_model, str(book), "--rope-scaling", "yarn:2").err
+    assert "trained for 1,024" in line and "--rope-scaling yarn:4 --ctx" in line
+
+
 def test_too_long_for_the_context(command: Any, refused: Any, plain_model: str, book: Path) -> None:
     common = ("summarize", *CPU, "--model", plain_model, str(book), "--words", "20")
     assert command(*common).status == 0
