@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,8 +43,8 @@ def summarize(
 
     from ds_offload.generator import OffloadedGenerator
     from ds_offload.preparation import PreparedModel
-
     from ds_offload.rope_scaling import original_context
+
     prepared = PreparedModel.find(**dataclasses.asdict(model), config=config)
     room = prepared.config.max_context
     assert isinstance(room, int)
@@ -55,8 +56,8 @@ def summarize(
         max_new_tokens=longest,
         max_context=room,
         trained_context=prepared.source.shape.trained_context,
-    )
         original_context=original_context(prepared.source.config),
+    )
     ids = prepared.encode(prompt)
     prepared.check_answer(ids, longest)
     with OffloadedGenerator.from_prepared(prepared) as generator:
@@ -70,10 +71,20 @@ def read_documents(files: list[str]) -> dict[str, str]:
         InputError: A file given twice, or one that cannot be read, is binary or empty.
     """
     shared = Counter(Path(file).name for file in files)
-    documents = {}
+    documents: dict[str, str] = {}
     for file in files:
         name = "standard input" if file == STDIN else Path(file).name if shared[Path(file).name] == 1 else file
-        if name in documents:
+        if name in documents or any(_same(file, earlier) for earlier in files[: len(documents)]):
             raise InputError(f"{file!r} was given twice; give each file once")
         documents[name] = read_stdin() if file == STDIN else read_text_file(file)
     return documents
+
+
+def _same(file: str, earlier: str) -> bool:
+    """Whether two arguments are one file, however they are written; one that is not there is none."""
+    if STDIN in (file, earlier):
+        return file == earlier
+    try:
+        return os.path.samefile(file, earlier)
+    except (OSError, ValueError):
+        return False

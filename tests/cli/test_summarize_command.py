@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from ds_offload.errors import InputError
+
 CPU = ("--device", "cpu")
 
 
@@ -61,6 +63,18 @@ def test_files_of_the_same_name_keep_their_paths(tmp_path: Path) -> None:
         paths.append(tmp_path / folder / "text.txt")
         paths[-1].write_text(folder)
     assert read_documents([str(path) for path in paths]) == {str(paths[0]): "a", str(paths[1]): "b"}
+
+
+def test_one_file_under_two_names_is_refused(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ds_offload.cli.summarize import read_documents
+
+    monkeypatch.chdir(book.parent)
+    Path("link.txt").symlink_to(book)
+    for again in ("./book.txt", str(book), "link.txt"):
+        with pytest.raises(InputError, match=f"{again!r} was given twice; give each file once"):
+            read_documents(["book.txt", again])
+    Path("copy.txt").write_text(book.read_text())
+    assert set(read_documents(["book.txt", "copy.txt"])) == {"book.txt", "copy.txt"}
 
 
 def test_the_advised_factor_stretches_the_original_positions(refused: Any, plain_model: str, book: Path) -> None:
