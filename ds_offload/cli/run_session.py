@@ -10,7 +10,7 @@ from typing import Any
 from ds_offload.cli.option_groups import ModelOptions
 from ds_offload.cli.progress import ProgressReport
 from ds_offload.cli.run import build_prompt, end_text, print_json, print_pieces
-from ds_offload.cli.text_source import read_prompt
+from ds_offload.cli.text_source import read_piped, read_prompt
 from ds_offload.config import OffloadConfig
 from ds_offload.errors import InputError
 from ds_offload.generator import OffloadedGenerator
@@ -80,7 +80,7 @@ class SessionRun:
         if prompt is not None or prompt_file is not None:
             return read_prompt(prompt, prompt_file)
         if self._header is not None:
-            return None
+            return read_piped()
         try:
             return read_prompt(None, None)
         except InputError as error:
@@ -102,8 +102,8 @@ class SessionRun:
             same = header.document is not None and _digest(document) == header.document.sha256
         if not same:
             raise InputError(
-                f"the session {self._folder} is of another document; give --session another name, "
-                "leave the document out, or remove the session with `ds-offload session rm`"
+                f"the session {self._folder} is of another document; give --session another name, leave the document "
+                "out (< /dev/null where it is piped), or remove the session with `ds-offload session rm`"
             )
         return None
 

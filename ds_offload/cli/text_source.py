@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import select
+import stat
 import sys
 
 from ds_offload.errors import InputError
+from ds_offload.notices import notice
 
 STDIN = "-"
+PIPE_WAIT_S = 0.2  # cron and CI leave pipes open that nothing ever comes through
 
 
 def read_text_file(path: str) -> str:
@@ -39,6 +44,29 @@ def read_stdin() -> str:
     if sys.stdin is None:
         raise InputError("standard input is closed; give --prompt TEXT or --prompt-file FILE")
     return _decode(sys.stdin.buffer.read(), "standard input")
+
+
+def read_piped() -> str | None:
+    """The text that a pipe or a file gives on standard input; None where there is none, or a terminal.
+
+    A pipe is read to its end, but one that is open with nothing in it is left alone after `PIPE_WAIT_S`.
+
+    Raises:
+        InputError: It is binary, or white space.
+    """
+    try:
+        number = sys.stdin.fileno()
+        kind = os.fstat(number).st_mode
+    except (AttributeError, OSError, ValueError):
+        return None  # closed, or a stream of another program's making
+    if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
+        if not select.select([number], [], [], PIPE_WAIT_S)[0]:
+            notice("nothing has come through the pipe on standard input, which is not read")
+            return None
+    elif not stat.S_ISREG(kind):
+        return None
+    data = sys.stdin.buffer.read()
+    return _decode(data, "standard input") if data else None
 
 
 def read_prompt(prompt: str | None, prompt_file: str | None) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,21 @@ def test_a_checkpoint_beside_a_session(command: Any, kept: Kept, chat_model: str
     refused = command(*common, *new)
     assert refused.status == 2 and "cannot write to the checkpoint folder" in refused.error_lines[-1]
     assert "calibrat" not in refused.err
+
+
+def test_a_document_that_is_piped_is_compared(kept: Kept) -> None:
+    """As one given by --prompt-file is: no answer comes from another document than the one that was piped in."""
+    asked = [sys.executable, "-m", "ds_offload", "run", *CPU, "--model", kept.model, "--session", str(kept.folder)]
+
+    def ask(text: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*asked, "-q", "Why?"], input=text, capture_output=True, text=True, timeout=120)
+
+    other = ask("Another book.")
+    assert other.returncode == 2 and not other.stdout
+    assert "is of another document" in other.stderr and "< /dev/null where it is piped" in other.stderr
+    same, nothing = ask(BOOK), ask("")
+    assert same.returncode == nothing.returncode == 0, same.stderr + nothing.stderr
+    assert same.stdout == nothing.stdout
 
 
 def test_help(command: Any) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
+import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from ds_offload.cli.text_source import read_prompt, read_text_file
+from ds_offload.cli.text_source import PIPE_WAIT_S, read_piped, read_prompt, read_text_file
 from ds_offload.errors import InputError
 
 
@@ -98,3 +101,65 @@ def test_no_prompt_or_two(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bytes_of_the_command_line_that_are_no_text() -> None:
     with pytest.raises(InputError, match="not UTF-8"):
         read_prompt(os.fsdecode(b"caf\xe9"), None)
+
+
+def piped(number: int, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """What is read with the file of this number as standard input; it is closed behind that."""
+    with os.fdopen(number, encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        return read_piped()
+
+
+def test_what_is_piped_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end, other = os.pipe()
+    os.write(other, b"through a pipe")
+    os.close(other)
+    assert piped(end, monkeypatch) == "through a pipe"
+    here, there = socket.socketpair()
+    there.sendall(b"through a socket")
+    there.close()
+    assert piped(here.detach(), monkeypatch) == "through a socket"
+    file = tmp_path / "text.txt"
+    file.write_text("from a file")
+    assert piped(os.open(file, os.O_RDONLY), monkeypatch) == "from a file"
+    file.write_bytes(b"bin\0ary")
+    with pytest.raises(InputError, match="standard input is binary"):
+        piped(os.open(file, os.O_RDONLY), monkeypatch)
+
+
+def test_a_pipe_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the end is later than the wait for the beginning."""
+    end, other = os.pipe()
+    os.write(other, b"first ")
+
+    def finish() -> None:
+        os.write(other, b"last")
+        os.close(other)
+
+    timer = threading.Timer(2 * PIPE_WAIT_S, finish)
+    timer.start()
+    assert piped(end, monkeypatch) == "first last"
+    timer.join()
+
+
+def test_where_nothing_is_piped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end, other = os.pipe()
+    os.close(other)
+    (tmp_path / "empty").touch()
+    for number in (end, os.open(tmp_path / "empty", os.O_RDONLY), os.open(os.devnull, os.O_RDONLY), os.openpty()[1]):
+        assert piped(number, monkeypatch) is None
+    for stream in (None, io.StringIO("no descriptor")):
+        monkeypatch.setattr(sys, "stdin", stream)
+        assert read_piped() is None
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pipe_that_stays_open_and_empty_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end, other = os.pipe()
+    assert piped(end, monkeypatch) is None
+    os.close(other)
+    assert "nothing has come through the pipe on standard input" in capsys.readouterr().err
