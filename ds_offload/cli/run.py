@@ -100,8 +100,7 @@ def run(
 
     prepared = PreparedModel.find(**dataclasses.asdict(model), config=config)
     ids = prepared.encode(build_prompt(text, question, chat, prepared.tokenizer))
-    if sampling.get("stop") and prepared.tokenizer is None:
-        raise InputError("--stop needs a tokenizer, and this model's folder has none; leave --stop out")
+    check_stop(sampling, prepared.tokenizer)
     prepared.check_answer(ids, longest)
     if checkpoint is not None:
         # Makes the folder: behind everything else that is refused.
@@ -119,6 +118,16 @@ def check_sampling(sampling: dict[str, Any]) -> SamplingParams:
     from ds_offload.sampling import SamplingParams
 
     return SamplingParams(**sampling)
+
+
+def check_stop(sampling: dict[str, Any], tokenizer: Any) -> None:
+    """Refuse texts that end the answer where there is no tokenizer to find them.
+
+    Raises:
+        InputError: There is none.
+    """
+    if sampling.get("stop") and tokenizer is None:
+        raise InputError("--stop needs a tokenizer, and this model's folder has none; leave --stop out")
 
 
 def build_prompt(text: str, question: str | None, chat: bool, tokenizer: Any) -> Any:

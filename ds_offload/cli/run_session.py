@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_offload.cli.option_groups import ModelOptions
 from ds_offload.cli.progress import ProgressReport
-from ds_offload.cli.run import build_prompt, end_text, print_json, print_pieces
+from ds_offload.cli.run import build_prompt, check_stop, end_text, print_json, print_pieces
 from ds_offload.cli.text_source import read_piped, read_prompt
 from ds_offload.config import OffloadConfig
 from ds_offload.errors import InputError
@@ -17,7 +17,7 @@ from ds_offload.generator import OffloadedGenerator
 from ds_offload.notices import notice
 from ds_offload.prefill_checkpoint import check_checkpoint_folder
 from ds_offload.preparation import PreparedModel, room_of
-from ds_offload.prompts import parse_token_ids
+from ds_offload.prompts import encode_prompt, parse_token_ids
 from ds_offload.session import Session
 from ds_offload.session_file import SessionWriteError
 from ds_offload.session_header import SessionHeader
@@ -54,14 +54,21 @@ class SessionRun:
         """Answer and print; the document is the prompt, which a session that is there needs no more.
 
         Raises:
-            InputError: No document for a new session, another than a session's, or a session of another model.
+            InputError: No document for a new session, another than a session's, a session of another model, or
+                a question, a stop or a checkpoint that would fail behind the reading of the document.
             SessionWriteError: The session could not be saved; the answer was printed.
         """
+        if checkpoint is not None and Path(checkpoint).resolve().is_relative_to(self._folder.resolve()):
+            raise InputError(
+                f"--checkpoint {checkpoint} is in the folder of the session {self._folder}, which takes nothing else; "
+                "give --checkpoint another folder"
+            )
         text = self._text(prompt, prompt_file)
         prepared = PreparedModel.find(**dataclasses.asdict(self._model), config=self._config)
         question: str | list[int] = self._question
         if prepared.tokenizer is None:
-            question = parse_token_ids(self._question)
+            question = encode_prompt(parse_token_ids(self._question), None, prepared.source.shape.vocab_size)
+        check_stop(sampling, prepared.tokenizer)
         document = self._document(text, prepared)
         if checkpoint is not None:
             if document is None:

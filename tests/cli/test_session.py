@@ -201,6 +201,23 @@ def test_a_document_that_is_piped_is_compared(kept: Kept) -> None:
     assert same.stdout == nothing.stdout
 
 
+def test_what_fails_behind_the_reading_is_refused_before_it(
+    refused: Any, ids_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("ds_offload.preparation.load_weights", load)
+    monkeypatch.chdir(tmp_path)
+    new = ("run", *CPU, "--model", ids_model, "--session", "./new", "--prompt", IDS)
+    assert "--stop needs a tokenizer" in refused(*new, "-q", "5 6", "--stop", "end").err
+    assert "token id 300 is outside the model's vocabulary" in refused(*new, "-q", "5 300").err
+    for folder in ("./new", str(tmp_path / "new"), "new/begun"):
+        line = refused(*new, "-q", "5 6", "--checkpoint", folder).err
+        assert f"--checkpoint {folder} is in the folder of the session" in line and "another folder" in line
+    assert not (tmp_path / "new").exists()
+
+
 def test_help(command: Any) -> None:
     assert "verify" in command("session").out
     for name in ("list", "show", "verify", "rm"):
