@@ -37,8 +37,8 @@ def _parse_size(value: Any, units: dict[str, int], field: str, example: str) -> 
         raise InputError(f"{field}={value!r:.60} is not a size; write {example}")
     unit = units[match[2].lower()]
     size = Fraction(Decimal(re.sub("[_,]", "", match[1]))) * unit  # `int` refuses more than 4,300 digits
-    # Memory is written with a fraction, such as 23.7GiB, that need not come to whole bytes.
-    if size % 1 and (unit == 1 or units is _TOKEN_UNITS):
+    # With a unit, as in 1.2M or 23.7GiB, a fraction need not come to a whole number.
+    if size % 1 and unit == 1:
         raise InputError(f"{field}={value!r:.60} is not a whole number; write {example}")
     if not 1 <= size < SIZE_LIMIT:
         raise InputError(f"{field}={value!r:.60} must be at least 1 and under 2^53; write {example}")

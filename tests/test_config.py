@@ -41,7 +41,12 @@ def test_sizes_in_tokens(text: int | str, tokens: int) -> None:
     assert parse_tokens(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["2.9", "20.7", "0.5", "1.3k", "9." + "9" * 5000])
+@pytest.mark.parametrize(("text", "tokens"), [("1.3k", 1331), ("1.2M", 1_258_291), ("0.5k", 512)])
+def test_a_part_of_a_unit_is_rounded_down(text: str, tokens: int) -> None:
+    assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["2.9", "20.7", "0.5", "9." + "9" * 5000])
 def test_a_part_of_a_token_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"is not a whole number; write a number of tokens such as 4096, 256k or 1M"):
         parse_tokens(text)

@@ -49,7 +49,8 @@ def read_stdin() -> str:
 def read_piped() -> str | None:
     """The text that a pipe or a file gives on standard input; None where there is none, or a terminal.
 
-    A pipe is read to its end, but one that is open with nothing in it is left alone after `PIPE_WAIT_S`.
+    A pipe is read to its end, but one that is open with nothing in it is left alone after `PIPE_WAIT_S`, and so is a
+    file of which something was read before.
 
     Raises:
         InputError: It is binary, or white space.
@@ -63,8 +64,8 @@ def read_piped() -> str | None:
         if not select.select([number], [], [], PIPE_WAIT_S)[0]:
             notice("nothing has come through the pipe on standard input, which is not read")
             return None
-    elif not stat.S_ISREG(kind):
-        return None
+    elif not stat.S_ISREG(kind) or os.lseek(number, 0, os.SEEK_CUR):
+        return None  # a file that somebody reads on, such as a shell's loop over questions, is theirs
     data = sys.stdin.buffer.read()
     return _decode(data, "standard input") if data else None
 

@@ -156,6 +156,18 @@ def test_where_nothing_is_piped(
     assert capsys.readouterr().err == ""
 
 
+def test_a_file_that_a_shell_reads_on_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `while read question; do ds-offload run --session ...; done < questions`."""
+    file = tmp_path / "questions.txt"
+    file.write_text("first\nsecond\n")
+    number = os.open(file, os.O_RDONLY)
+    os.read(number, len("first\n"))
+    other = os.dup(number)
+    assert piped(number, monkeypatch) is None
+    assert os.read(other, 100) == b"second\n"
+    os.close(other)
+
+
 def test_a_pipe_that_stays_open_and_empty_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
