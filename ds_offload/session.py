@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,7 +184,9 @@ class Session:
             document_tokens=self.document_tokens,
             document=self.document,
         )
-        return write_session(Path(path).expanduser().absolute(), header, self._conversation.context, self._calibration)
+        return write_session(
+            Path(os.path.expanduser(path)).absolute(), header, self._conversation.context, self._calibration
+        )
 
     def _sequence(self, question: str | list[int], sampling: dict[str, Any]) -> Sequence:
         self._check_free()

@@ -7,12 +7,11 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from admit_case import CPU, same_result, same_state, scalar
 
 from ds_offload.kernels import admit_cpu
 from ds_offload.kernels.admit import admit_launch, admit_tokens, admit_tokens_reference
 from ds_offload.kernels.admit_state import AdmitResult, AdmitState
-
-CPU = torch.device("cpu")
 
 # Sequences, KV heads, slots, tokens, context.
 SHAPES = [
@@ -80,26 +79,6 @@ class PlainRow:
         return [page, held, self.selected]
 
 
-def same_state(ours: AdmitState, theirs: AdmitState) -> bool:
-    """Whether two states are the same, bit for bit, where they are defined."""
-    left = torch.arange(ours.queue.shape[2], device=ours.queue.device)
-    left = (left >= ours.marks[..., :1]) & (left < ours.marks[..., 1:2])
-    pairs = [(getattr(ours, field.name), getattr(theirs, field.name)) for field in fields(ours)]
-    pairs = [(a[left], b[left]) if a is ours.queue else (a, b) for a, b in pairs]
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
-
-
-def same_result(ours: AdmitResult, theirs: AdmitResult) -> bool:
-    """Whether two results are the same, bit for bit, where they are defined."""
-    listed = torch.arange(ours.missing.shape[2], device=ours.moved.device) < ours.moved[..., None]
-    return (
-        torch.equal(ours.places, theirs.places)
-        and torch.equal(ours.moved, theirs.moved)
-        and torch.equal(ours.missing[listed], theirs.missing[listed])
-        and torch.equal(ours.missing_places[listed], theirs.missing_places[listed])
-    )
-
-
 def wrong_state(**changes: torch.Tensor) -> AdmitState:
     return replace(AdmitState.empty(1, 2, 4, 9, CPU), **changes)
 
@@ -109,10 +88,6 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """New tensors hold a number that is no slot and no token."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(-77))
-
-
-def scalar(value: int, device: str = "cpu") -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.int32, device=device)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -183,28 +158,6 @@ def test_nothing_to_admit(admit: Callable[..., AdmitResult], shape: tuple[int, i
     assert result.places.shape == result.missing.shape == shape
     assert result.moved.tolist() == torch.zeros(shape[:2]).tolist()
     assert same_state(state, AdmitState.empty(shape[0], shape[1], 4, 9, CPU))
-
-
-def test_a_cleared_state_is_an_empty_one() -> None:
-    state = AdmitState.empty(1, 2, 4, 9, CPU)
-    admit_tokens(state, torch.tensor([[[0, 1, 2], [5, 6, -1]]]), *[scalar(1)] * 2)
-    state.clear()
-    assert same_state(state, AdmitState.empty(1, 2, 4, 9, CPU))
-
-
-@pytest.mark.parametrize("admit", [admit_tokens, admit_tokens_reference])
-def test_stamps_go_on_behind_a_clearing(admit: Callable[..., AdmitResult]) -> None:
-    """The next list counts stamps from there: a count from 0 takes as long as there were admissions."""
-    late = 2_000_000_000
-    fresh, cleared = (AdmitState.empty(1, 2, 40, 90, CPU) for _ in range(2))
-    cleared.clear(scalar(late))
-    generator = torch.Generator().manual_seed(0)
-    for clock in range(1, 30):
-        tokens = torch.rand(1, 2, 90, generator=generator).topk(13).indices.sort().values
-        expected = admit(fresh, tokens, scalar(clock), scalar(clock - 1))
-        result = admit(cleared, tokens, scalar(late + clock), scalar(late + clock - 1))
-        assert same_result(result, expected)
-    assert torch.equal(cleared.marks[..., 3] - late, fresh.marks[..., 3])
 
 
 @pytest.mark.parametrize("admit", [admit_tokens, admit_tokens_reference])
