@@ -163,7 +163,7 @@ class Conversation:
         decoder = self._generator.decoder
         if self._loop is None:
             self._loop = DecodeLoop(decoder, context)
-        monitor = FidelityMonitor(decoder, self._config)
+        monitor = FidelityMonitor(decoder, self._config, budget=context.token_budget)
         while sequence.finish_reason is None:
             if self.closed:
                 raise InputError("the session is closed; read the document again")

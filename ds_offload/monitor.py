@@ -61,10 +61,15 @@ class FidelityMonitor:
     Args:
         config: Resolved; its `monitor` says what to do.
         clock: Seconds, for tests.
+        budget: The budget at the beginning, where an earlier turn of a session may have raised it.
     """
 
     def __init__(
-        self, decoder: DecoderStack, config: OffloadConfig, clock: Callable[[], float] = time.perf_counter
+        self,
+        decoder: DecoderStack,
+        config: OffloadConfig,
+        clock: Callable[[], float] = time.perf_counter,
+        budget: str | None = None,
     ) -> None:
         self.seconds = 0.0
         self._decoder = decoder
@@ -78,7 +83,7 @@ class FidelityMonitor:
         self._recent = FidelitySums(decoder.layers)
         self._steps = 0
         self._began: float | None = None
-        self._budget = config.token_budget
+        self._budget = budget or config.token_budget
 
     def stepped(self, context: KVContext, loop: DecodeLoop, lengths: list[int], running: list[int]) -> None:
         """Behind a step of contexts of `lengths` tokens: compare if it is time to.
@@ -92,8 +97,6 @@ class FidelityMonitor:
         now = self._clock()
         if self._began is None:
             self._began = now
-            # An earlier turn of a session may have raised it.
-            self._budget = context.token_budget
         for _ in range(self._pace.due(self._steps, now - self._began - self.seconds)):
             self._compare(context, loop, lengths, running)
 

@@ -18,6 +18,7 @@ from session_case import DOCUMENT, NEW, QUESTIONS, ask, make
 
 import ds_offload.tensor_file
 from ds_offload import InputError
+from ds_offload.session import Session
 from ds_offload.session_file import SessionWriteError, verify_session
 from ds_offload.session_header import SessionHeader
 from ds_offload.session_place import HEADER, check_place, held, recover, remove_session
@@ -167,19 +168,19 @@ def test_two_writers_of_one_place_take_turns(tiny_llama: Path, tmp_path: Path, c
     """Two threads have the same process number, as the first processes of two containers have."""
     place, failures = tmp_path / "book", []
 
-    def save(length: int) -> None:
+    def save(session: Session) -> None:
         try:
-            with make(tiny_llama, monitor="off") as gen, gen.prefill(DOCUMENT[:length]) as session:
-                for _ in range(6):
-                    session.save(place)
+            for _ in range(6):
+                session.save(place)
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=save, args=(length,)) for length in (100, 150)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with make(tiny_llama) as gen, gen.prefill(DOCUMENT[:100]) as short, gen.prefill(DOCUMENT) as long:
+        threads = [threading.Thread(target=save, args=(session,)) for session in (short, long)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert failures == []
     assert len(verify_session(place).token_ids) in (100, 150)
     assert list(tmp_path.iterdir()) == [place]
