@@ -31,14 +31,15 @@ _BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**1
 
 
 def _parse_size(value: Any, units: dict[str, int], field: str, example: str) -> int:
+    if isinstance(value, int) and abs(value) >= SIZE_LIMIT:
+        raise InputError(f"{field} must be at least 1 and under 2^53; write {example}")
     text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
     match = re.fullmatch(r"\s*(-?\d[\d_,]*(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in units:
         raise InputError(f"{field}={value!r:.60} is not a size; write {example}")
     unit = units[match[2].lower()]
     size = Fraction(Decimal(re.sub("[_,]", "", match[1]))) * unit  # `int` refuses more than 4,300 digits
-    # With a unit, as in 1.2M or 23.7GiB, a fraction need not come to a whole number.
-    if size % 1 and unit == 1:
+    if size % 1 and unit == 1:  # 1.2M or 23.7GiB need not come to a whole number
         raise InputError(f"{field}={value!r:.60} is not a whole number; write {example}")
     if not 1 <= size < SIZE_LIMIT:
         raise InputError(f"{field}={value!r:.60} must be at least 1 and under 2^53; write {example}")

@@ -56,8 +56,9 @@ class Conversation:
         self._plan = plan
         # Its CUDA graph serves every answer from this context.
         self._loop: DecodeLoop | None = None
-        # Whether a step has begun and not ended: an error or Ctrl-C may leave slots that count as filled and are not.
-        self._stepping = False
+        # Whether something has begun and not ended that an error or Ctrl-C leaves half done: slots count as filled
+        # before they are, tokens as stored before they are said.
+        self._unsettled = False
         # Whether sinks and recent tokens are on the device as they are, which only quantised rows may make untrue.
         self._windowed = True
         self._finalizer = weakref.finalize(self, context.close)
@@ -97,8 +98,8 @@ class Conversation:
             self.forget(start)
         self.read_window(ids)
         window, budget = copy_window(self.context), self.context.budget_state
-        prefilled = False
-        self.answering = True
+        prefilled = settled = False
+        self.answering = self._unsettled = True
         try:
             own_from(self.context, start)
             logits = self._extend(ids, start, on_progress)
@@ -107,24 +108,30 @@ class Conversation:
             yield sequence.take(logits, keep_logits)
             statistics.prefilled()
             yield from self._decode(sequence, statistics, keep_logits, on_progress)
+            settled = True
+        except GeneratorExit:
+            # Between two steps.
+            settled = True
+            raise
         finally:
             self.answering = False
             if prefilled and keep:
                 self.token_ids = ids + sequence.tokens
+                self._unsettled = not settled
             elif not self.closed:
+                self.context.budget_state = budget
                 self.forget(start, window)
-                self.context.budget_state, self._stepping = budget, False
         return statistics.summary() | {"prefilled_tokens": len(ids) - start}
 
     def read_window(self, ids: list[int]) -> None:
         """Read the recent ones of the stored tokens again where the window has lost them; `ids` begin with those.
 
-        What a step that did not end has left in slots and window is forgotten first.
+        What a turn that did not end as it should has left is forgotten first.
         Where the context was taken back to begins before its newest tokens, quantised rows are all there is of them.
         """
-        if self._stepping:
-            self.forget(self.stored)
-            self._loop, self._stepping = None, False
+        if self._unsettled:
+            self._loop = None
+            self.forget(min(self.stored, len(self.token_ids)))
         if self._windowed:
             return
         tokens = self.stored
@@ -136,8 +143,10 @@ class Conversation:
 
     def forget(self, tokens: int, window: dict[int, Tensor] | None = None) -> None:
         """Let go of the K/V of all tokens from number `tokens` on; `window` is a copy of that time."""
+        self._unsettled = True
         self.stored = tokens
         self._windowed = rewind(self.context, tokens, window)
+        self._unsettled = False
 
     def _extend(self, ids: list[int], start: int, on_progress: ProgressCallback | None) -> Tensor:
         """Read the tokens from `start` on; logits of the last."""
@@ -159,6 +168,7 @@ class Conversation:
         keep_logits: bool,
         on_progress: ProgressCallback | None,
     ) -> Iterator[str]:
+        self._generator.check_open()
         context, captured = self.context, self._loop is not None and self._loop.capture_s is not None
         decoder = self._generator.decoder
         if self._loop is None:
@@ -167,9 +177,8 @@ class Conversation:
         while sequence.finish_reason is None:
             if self.closed:
                 raise InputError("the session is closed; read the document again")
-            self._stepping = True
+            self._generator.check_open()
             logits = self._loop.step([sequence.tokens[-1]], [sequence.length])
-            self._stepping = False
             self.stored = sequence.length
             piece = sequence.take(logits[0], keep_logits)
             statistics.stepped(context, [self.stored], monitor.seconds)

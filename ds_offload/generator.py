@@ -262,6 +262,7 @@ class OffloadedGenerator(CallPlanner):
                 pieces.append(sequence.take(logits, keep_logits))
             statistics.prefilled()
             yield pieces
+            self.check_open()
             loop, monitor = DecodeLoop(self.decoder, context), FidelityMonitor(self.decoder, self.config)
             longest = max(sequence.limit for sequence in sequences)
             while any(sequence.finish_reason is None for sequence in sequences):
@@ -279,6 +280,7 @@ class OffloadedGenerator(CallPlanner):
                 if on_progress is not None:
                     on_progress("decode", max(len(sequence.tokens) for sequence in sequences), longest)
                 yield pieces
+                self.check_open()
             statistics.finish(context, loop.capture_s, monitor)
 
 

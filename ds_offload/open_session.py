@@ -12,7 +12,7 @@ import torch
 
 from ds_offload.document_prompt import DocumentPrompt
 from ds_offload.dtypes import QUANTISED_BITS
-from ds_offload.errors import InputError
+from ds_offload.errors import InputError, LoadError
 from ds_offload.kv_context import KVContext
 from ds_offload.prefill import ProgressCallback, prefill
 from ds_offload.prefill_checkpoint import PrefillCheckpoint
@@ -21,7 +21,7 @@ from ds_offload.prompts import encode_prompt
 from ds_offload.session import Session
 from ds_offload.session_file import read_calibration, read_session
 from ds_offload.session_header import SessionHeader, SessionIdentity, calibration_digest
-from ds_offload.session_place import recover
+from ds_offload.session_place import HEADER, recover
 
 if TYPE_CHECKING:
     from ds_offload.generator import OffloadedGenerator
@@ -66,8 +66,26 @@ def load_session(generator: OffloadedGenerator, path: str | Path) -> Session:
     """A session that was saved; see `OffloadedGenerator.load_session`."""
     generator.check_open()
     folder = Path(os.path.expanduser(path)).absolute()
-    recover(folder)
-    header = SessionHeader.read(folder)
+    while True:
+        recover(folder)
+        seen = _content(folder)
+        try:
+            return _load(generator, folder, SessionHeader.read(folder))
+        except LoadError:
+            # Another process may have replaced it meanwhile: then what is there now is whole.
+            recover(folder)
+            if _content(folder) == seen:
+                raise
+
+
+def _content(folder: Path) -> bytes | None:
+    try:
+        return (folder / HEADER).read_bytes()
+    except OSError:
+        return None
+
+
+def _load(generator: OffloadedGenerator, folder: Path, header: SessionHeader) -> Session:
     # Where the dtype of K/V was left open it is the session's.
     kv_dtype = header.identity.kv_dtype if generator.chooses("kv_dtype") else generator.config.kv_dtype
     config = dataclasses.replace(generator.config, kv_dtype=kv_dtype)

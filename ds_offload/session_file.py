@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,10 +48,11 @@ def write_session(folder: Path, header: SessionHeader, context: KVContext, calib
         InputError: Something else is there, or the disk has no room for it.
         SessionWriteError: It could not be written.
     """
+    recover(folder)
     check_place(folder)
     context.streams.join()
     synchronize(context)
-    real = folder.resolve()
+    real = Path(os.path.realpath(folder))
     temporary = beside(real, "tmp")
     try:
         real.parent.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ def held(folder: Path) -> Iterator[None]:
                 if kind == "old" and not folder.exists():
                     os.rename(left, folder)
                 else:
-                    shutil.rmtree(left, ignore_errors=True)
+                    _remove(left, folder)
         yield
     finally:
         # Whoever waits for it finds it gone, and makes another.
@@ -69,7 +69,8 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def recover(folder: Path) -> None:
-    """Put a session back that a process had moved away to replace it when it was killed."""
+    """Put a session back that a process had moved away to replace it when it was killed; a link is followed."""
+    folder = Path(os.path.realpath(folder))
     if not folder.exists() and _beside(folder, "old"):
         # Where nothing may be written, it is not there.
         with suppress(OSError), held(folder):
@@ -94,7 +95,7 @@ def put(temporary: Path, folder: Path) -> None:
         raise
     sync_folder(folder.parent)
     if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old, folder)
 
 
 def remove_session(folder: Path) -> None:
@@ -109,7 +110,7 @@ def remove_session(folder: Path) -> None:
     others = sorted(file.name for file in folder.iterdir() if _FILE.fullmatch(file.name) is None)
     if others:
         raise InputError(f"{folder} holds {others[0]}, which is not the session's; move that away first")
-    real = folder.resolve()
+    real = Path(os.path.realpath(folder))
     gone = beside(real, "tmp")
     try:
         with held(real):
@@ -119,6 +120,15 @@ def remove_session(folder: Path) -> None:
             folder.unlink()
     except OSError as error:
         raise InputError(f"cannot remove {folder}: {error.strerror}; change its permissions") from None
+
+
+def _remove(left: Path, folder: Path) -> None:
+    """Remove what stands beside `folder`; a part of it that stays is never put back in its place."""
+    gone = left if left.suffix == ".tmp" else beside(folder, "tmp")
+    with suppress(OSError):
+        if gone != left:
+            os.rename(left, gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _beside(folder: Path, kind: str) -> list[Path]:
@@ -132,7 +142,7 @@ def _take(lock: Path, folder: Path) -> IO[bytes]:
     """The lock's file, locked."""
     waited = False
     while True:
-        stream = open(lock, "ab")  # noqa: SIM115 - it is closed when the lock is let go
+        stream = _open(lock)
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | (0 if waited else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -151,3 +161,13 @@ def _take(lock: Path, folder: Path) -> IO[bytes]:
             if os.path.samestat(os.stat(lock), os.fstat(stream.fileno())):
                 return stream
         stream.close()
+
+
+def _open(lock: Path) -> IO[bytes]:
+    """The lock's file; another user's, of a process that was killed, may be locked all the same."""
+    try:
+        return os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "rb+", 0)
+    except PermissionError:
+        if not lock.exists():
+            raise
+        return open(lock, "rb")

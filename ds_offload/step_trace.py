@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -98,6 +99,8 @@ def check_trace(path: Path, tokens: int) -> None:
         reason = "is a folder" if path.is_dir() else f"is in {path.parent}, which is no folder"
         raise InputError(f"trace={path} {reason}; give the name of a file in a folder that exists")
     there = path.exists() or path.is_symlink()
+    if path.is_fifo() or _is_standard_output(path):
+        raise InputError(f"trace={path} is a pipe, or where the answer goes; give the name of a file")
     try:
         if path.is_file() and not _is_trace(path):
             raise InputError(f"trace={path} is there and is no trace, so it is not replaced; give another file")
@@ -107,6 +110,13 @@ def check_trace(path: Path, tokens: int) -> None:
             path.unlink()
     except OSError as error:
         raise InputError(f"cannot write to trace={path}: {error.strerror}; give another file") from error
+
+
+def _is_standard_output(path: Path) -> bool:
+    try:
+        return path.is_file() and os.path.samestat(path.stat(), os.fstat(1))
+    except OSError:
+        return False
 
 
 def _is_trace(path: Path) -> bool:

@@ -45,3 +45,7 @@ def assert_same_cache(first: list[torch.Tensor], second: list[torch.Tensor]) -> 
     assert len(first) == len(second) > 3
     for mine, other in zip(first, second, strict=True):
         assert torch.equal(mine, other)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

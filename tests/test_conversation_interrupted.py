@@ -9,8 +9,10 @@ import pytest
 import torch
 from session_case import DOCUMENT, QUESTIONS, ask, make
 
+import ds_offload.conversation
 import ds_offload.kv_context
 from ds_offload import InputError
+from ds_offload.conversation import Conversation
 
 CASES: dict[str, dict[str, Any]] = {
     "off": {},
@@ -70,3 +72,45 @@ def test_a_stream_of_a_closed_session_says_so(tiny_llama: Path) -> None:
             session.close()
             with pytest.raises(InputError, match="the session is closed"):
                 next(stream)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("where", ["forget", "rewind"])
+def test_interrupted_again_while_a_question_is_forgotten(
+    where: str, kv_dtype: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second Ctrl-C comes before anything is taken back, or before the slots are emptied."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    changes: dict[str, Any] = {"monitor": "off", "kv_dtype": kv_dtype}
+    with make(tiny_llama, **changes) as gen, gen.prefill(DOCUMENT) as session:
+        expected = ask(session, QUESTIONS[2], keep=False)
+        place: Any = Conversation if where == "forget" else ds_offload.conversation
+        with monkeypatch.context() as patch:
+            patch.setattr(place, where, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                session.ask(QUESTIONS[0], max_new_tokens=9, keep=False, on_progress=interrupted)
+        session.save(tmp_path / "book")
+        assert session.stored <= len(session.token_ids)
+        with gen.load_session(tmp_path / "book") as loaded:
+            for one in (session, loaded):
+                out = ask(one, QUESTIONS[2], keep=False)
+                assert out.token_ids == expected.token_ids
+                if kv_dtype == "fp32":
+                    assert torch.equal(out.logits, expected.logits)
+
+
+def test_a_stream_of_a_closed_generator_says_so(tiny_llama: Path) -> None:
+    gen = make(tiny_llama)
+    session = gen.prefill(DOCUMENT)
+    streams = [session.stream(QUESTIONS[0], max_new_tokens=9), gen.stream(DOCUMENT, max_new_tokens=9)]
+    for stream in streams:
+        next(stream)
+    gen.close()
+    for stream in streams:
+        with pytest.raises(InputError, match="the generator is closed"):
+            for _ in stream:
+                pass
+    session.close()

@@ -7,27 +7,21 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from session_case import DOCUMENT, NEW, QUESTIONS, ask, make
+from session_case import DOCUMENT, NEW, QUESTIONS, ask, make, tree
 
 import ds_offload.tensor_file
 from ds_offload import InputError
-from ds_offload.session import Session
 from ds_offload.session_file import SessionWriteError, verify_session
 from ds_offload.session_header import SessionHeader
 from ds_offload.session_place import HEADER, check_place, held, recover, remove_session
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize("moment", ["before", "files", "renames"])
@@ -162,98 +156,3 @@ def test_nothing_else_is_overwritten_or_removed(tiny_llama: Path, tmp_path: Path
             (tmp_path / "book" / name).unlink()
     remove_session(tmp_path / "book")
     assert tree(tmp_path) == {"mine/notes.txt": b"mine", "file": b"mine"}
-
-
-def test_two_writers_of_one_place_take_turns(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Two threads have the same process number, as the first processes of two containers have."""
-    place, failures = tmp_path / "book", []
-
-    def save(session: Session) -> None:
-        try:
-            for _ in range(6):
-                session.save(place)
-        except BaseException as error:
-            failures.append(error)
-
-    with make(tiny_llama) as gen, gen.prefill(DOCUMENT[:100]) as short, gen.prefill(DOCUMENT) as long:
-        threads = [threading.Thread(target=save, args=(session,)) for session in (short, long)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert failures == []
-    assert len(verify_session(place).token_ids) in (100, 150)
-    assert list(tmp_path.iterdir()) == [place]
-
-
-def test_a_writer_waits_for_another_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    place, order = tmp_path / "book", []
-
-    def second() -> None:
-        with held(place):
-            order.append("second")
-
-    with held(place):
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join(0.3)
-        assert thread.is_alive()
-        order.append("first")
-    thread.join()
-    assert order == ["first", "second"]
-    assert f"another process is writing the session {place}; waiting for it" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disk_without_locks_is_told_and_written(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    with make(tiny_llama) as gen, gen.prefill(DOCUMENT) as session:
-        session.save(tmp_path / "book")
-    assert "has no locks: two processes must not save that session at once" in capsys.readouterr().err
-    verify_session(tmp_path / "book")
-
-
-def test_a_session_moved_away_by_a_killed_writer_is_found(tiny_llama: Path, saved_session: Path) -> None:
-    """Also where a name has characters that patterns are made of; another session's folders are left alone."""
-    place = saved_session.with_name("book[1]")
-    os.rename(saved_session, place)
-    other = place.with_name(".book[1].2.4194303.old")
-    other.mkdir()
-    os.rename(place, place.with_name(".book[1].4194303.old"))
-    with make(tiny_llama) as gen, gen.load_session(place) as session:
-        ask(session, QUESTIONS[0])
-    assert sorted(place.parent.iterdir()) == [other, place]
-
-
-def test_ctrl_c_between_the_renames_leaves_the_old_session(
-    tiny_llama: Path, saved_session: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, rename = tree(saved_session.parent), os.rename
-
-    def interrupted(source: Path, target: Path) -> None:
-        if str(source).endswith(".tmp"):
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    with make(tiny_llama) as gen, gen.prefill(DOCUMENT[:50]) as session:
-        monkeypatch.setattr("ds_offload.session_place.os.rename", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            session.save(saved_session)
-        assert tree(saved_session.parent) == before
-
-
-def test_a_link_to_a_session_is_followed(tiny_llama: Path, saved_session: Path, tmp_path: Path) -> None:
-    link = tmp_path / "link"
-    link.symlink_to(saved_session)
-    with make(tiny_llama) as gen, gen.load_session(link) as session:
-        ask(session, QUESTIONS[0])
-        session.save(link)
-    assert link.is_symlink()
-    assert SessionHeader.read(saved_session).token_ids[:159] == DOCUMENT + QUESTIONS[0]
-    remove_session(link)
-    assert not os.path.lexists(link) and list(saved_session.parent.iterdir()) == []

@@ -117,3 +117,14 @@ def test_a_trace_that_the_disk_has_no_room_for_is_said(
     assert len(out.token_ids) == 9
     assert "the trace was not written to" in (said := capsys.readouterr().err) and "No space left on device" in said
     assert "written to" not in said.replace("not written to", "")
+
+
+def test_pipes_and_where_the_answer_goes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening a pipe that nobody reads would hang; an answer and a trace in one file are neither."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "answer").touch()
+    there = os.stat(tmp_path / "answer")
+    monkeypatch.setattr("ds_offload.step_trace.os.fstat", lambda number: there)
+    for name in ("pipe", "answer"):
+        with pytest.raises(InputError, match="is a pipe, or where the answer goes; give the name of a file"):
+            check_trace(tmp_path / name, 99)

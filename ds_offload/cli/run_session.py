@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
 from ds_offload.cli.option_groups import ModelOptions
 from ds_offload.cli.progress import ProgressReport
 from ds_offload.cli.run import build_prompt, check_stop, end_text, print_json, print_pieces
-from ds_offload.cli.text_source import read_piped, read_prompt
+from ds_offload.cli.text_source import read_prompt, read_redirected
 from ds_offload.config import OffloadConfig
 from ds_offload.errors import InputError
 from ds_offload.generator import OffloadedGenerator
@@ -39,8 +40,8 @@ class SessionRun:
         self._question = question
         self._model = model
         self._config = config
-        check_place(self._folder)
         recover(self._folder)
+        check_place(self._folder)
         self._header = SessionHeader.read(self._folder) if (self._folder / HEADER).is_file() else None
 
     def run(
@@ -58,7 +59,8 @@ class SessionRun:
                 a question, a stop or a checkpoint that would fail behind the reading of the document.
             SessionWriteError: The session could not be saved; the answer was printed.
         """
-        if checkpoint is not None and Path(checkpoint).resolve().is_relative_to(self._folder.resolve()):
+        real = Path(os.path.realpath(self._folder))
+        if checkpoint is not None and Path(os.path.realpath(checkpoint)).is_relative_to(real):
             raise InputError(
                 f"--checkpoint {checkpoint} is in the folder of the session {self._folder}, which takes nothing else; "
                 "give --checkpoint another folder"
@@ -87,7 +89,7 @@ class SessionRun:
         if prompt is not None or prompt_file is not None:
             return read_prompt(prompt, prompt_file)
         if self._header is not None:
-            return read_piped()
+            return read_redirected()
         try:
             return read_prompt(None, None)
         except InputError as error:
@@ -110,7 +112,7 @@ class SessionRun:
         if not same:
             raise InputError(
                 f"the session {self._folder} is of another document; give --session another name, leave the document "
-                "out (< /dev/null where it is piped), or remove the session with `ds-offload session rm`"
+                "out, or remove the session with `ds-offload session rm`"
             )
         return None
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import stat
+import struct
 import sys
+import termios
 
 from ds_offload.errors import InputError
 from ds_offload.notices import notice
 
 STDIN = "-"
-PIPE_WAIT_S = 0.2  # cron and CI leave pipes open that nothing ever comes through
+PIPE_WAIT_S = 0.2  # for what comes before a pipe's first bytes
 
 
 def read_text_file(path: str) -> str:
@@ -46,14 +49,14 @@ def read_stdin() -> str:
     return _decode(sys.stdin.buffer.read(), "standard input")
 
 
-def read_piped() -> str | None:
-    """The text that a pipe or a file gives on standard input; None where there is none, or a terminal.
+def read_redirected() -> str | None:
+    """The text of a file that is standard input, as in `< FILE`; None where there is none.
 
-    A pipe is read to its end, but one that is open with nothing in it is left alone after `PIPE_WAIT_S`, and so is a
-    file of which something was read before.
+    A pipe is not read, which may be a loop's over its questions, but it is said that something comes through it. A file
+    of which something was read before is left alone, too.
 
     Raises:
-        InputError: It is binary, or white space.
+        InputError: It is binary.
     """
     try:
         number = sys.stdin.fileno()
@@ -61,13 +64,23 @@ def read_piped() -> str | None:
     except (AttributeError, OSError, ValueError):
         return None  # closed, or a stream of another program's making
     if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
-        if not select.select([number], [], [], PIPE_WAIT_S)[0]:
-            notice("nothing has come through the pipe on standard input, which is not read")
-            return None
-    elif not stat.S_ISREG(kind) or os.lseek(number, 0, os.SEEK_CUR):
-        return None  # a file that somebody reads on, such as a shell's loop over questions, is theirs
+        if _holds_something(number):
+            notice(
+                "the session has its document, and what comes through the pipe is not read; "
+                "--prompt-file - reads it and compares"
+            )
+        return None
+    if not stat.S_ISREG(kind) or os.lseek(number, 0, os.SEEK_CUR):
+        return None
     data = sys.stdin.buffer.read()
-    return _decode(data, "standard input") if data else None
+    return _decode(data, "standard input") if data.strip() else None
+
+
+def _holds_something(pipe: int) -> bool:
+    if not select.select([pipe], [], [], PIPE_WAIT_S)[0]:
+        return False
+    count = fcntl.ioctl(pipe, termios.FIONREAD, struct.pack("i", 0))
+    return bool(struct.unpack("i", count)[0] > 0)
 
 
 def read_prompt(prompt: str | None, prompt_file: str | None) -> str:

@@ -186,19 +186,25 @@ def test_a_checkpoint_beside_a_session(command: Any, kept: Kept, chat_model: str
     assert "calibrat" not in refused.err
 
 
-def test_a_document_that_is_piped_is_compared(kept: Kept) -> None:
-    """As one given by --prompt-file is: no answer comes from another document than the one that was piped in."""
+def test_a_document_on_standard_input_is_compared_or_said_not_to_be_read(kept: Kept, tmp_path: Path) -> None:
+    """A file is read as one given by --prompt-file is. A pipe may be that of a loop over questions."""
     asked = [sys.executable, "-m", "ds_offload", "run", *CPU, "--model", kept.model, "--session", str(kept.folder)]
 
-    def ask(text: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*asked, "-q", "Why?"], input=text, capture_output=True, text=True, timeout=120)
+    def ask(text: str, *more: str, file: bool = False) -> subprocess.CompletedProcess[str]:
+        given: dict[str, Any] = {"input": text}
+        if file:
+            (tmp_path / "text").write_text(text)
+            given = {"stdin": (tmp_path / "text").open()}
+        return subprocess.run([*asked, "-q", "Why?", *more], **given, capture_output=True, text=True, timeout=120)
 
-    other = ask("Another book.")
-    assert other.returncode == 2 and not other.stdout
-    assert "is of another document" in other.stderr and "< /dev/null where it is piped" in other.stderr
-    same, nothing = ask(BOOK), ask("")
-    assert same.returncode == nothing.returncode == 0, same.stderr + nothing.stderr
-    assert same.stdout == nothing.stdout
+    for other in (ask("Another book.", file=True), ask("Another book.", "--prompt-file", "-")):
+        assert other.returncode == 2 and not other.stdout
+        assert "is of another document" in other.stderr
+    nothing = ask("")
+    for answered in (nothing, ask(BOOK, file=True), ask("\n", file=True), ask("Another book.")):
+        assert answered.returncode == 0, answered.stderr
+        assert answered.stdout == nothing.stdout
+    assert "what comes through the pipe is not read" in answered.stderr and "pipe" not in nothing.stderr
 
 
 def test_what_fails_behind_the_reading_is_refused_before_it(

@@ -6,12 +6,11 @@ import io
 import os
 import socket
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
-from ds_offload.cli.text_source import PIPE_WAIT_S, read_piped, read_prompt, read_text_file
+from ds_offload.cli.text_source import read_prompt, read_redirected, read_text_file
 from ds_offload.errors import InputError
 
 
@@ -103,56 +102,52 @@ def test_bytes_of_the_command_line_that_are_no_text() -> None:
         read_prompt(os.fsdecode(b"caf\xe9"), None)
 
 
-def piped(number: int, monkeypatch: pytest.MonkeyPatch) -> str | None:
+def redirected(number: int, monkeypatch: pytest.MonkeyPatch) -> str | None:
     """What is read with the file of this number as standard input; it is closed behind that."""
     with os.fdopen(number, encoding="utf-8") as stream:
         monkeypatch.setattr(sys, "stdin", stream)
-        return read_piped()
+        return read_redirected()
 
 
-def test_what_is_piped_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    end, other = os.pipe()
-    os.write(other, b"through a pipe")
-    os.close(other)
-    assert piped(end, monkeypatch) == "through a pipe"
-    here, there = socket.socketpair()
-    there.sendall(b"through a socket")
-    there.close()
-    assert piped(here.detach(), monkeypatch) == "through a socket"
+def test_a_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "text.txt"
     file.write_text("from a file")
-    assert piped(os.open(file, os.O_RDONLY), monkeypatch) == "from a file"
+    assert redirected(os.open(file, os.O_RDONLY), monkeypatch) == "from a file"
     file.write_bytes(b"bin\0ary")
     with pytest.raises(InputError, match="standard input is binary"):
-        piped(os.open(file, os.O_RDONLY), monkeypatch)
+        redirected(os.open(file, os.O_RDONLY), monkeypatch)
 
 
-def test_a_pipe_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the end is later than the wait for the beginning."""
+def test_a_pipe_is_left_alone_and_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in `cat questions | while read question; do ds-offload run --session ...; done`."""
     end, other = os.pipe()
-    os.write(other, b"first ")
+    os.write(other, b"second\n")
+    kept = os.dup(end)
+    assert redirected(end, monkeypatch) is None
+    assert os.read(kept, 100) == b"second\n"
+    here, there = socket.socketpair()
+    there.sendall(b"through a socket")
+    assert redirected(here.detach(), monkeypatch) is None
+    there.close()
+    assert capsys.readouterr().err.count("what comes through the pipe is not read; --prompt-file - reads it") == 2
+    for number in (kept, other):
+        os.close(number)
 
-    def finish() -> None:
-        os.write(other, b"last")
-        os.close(other)
 
-    timer = threading.Timer(2 * PIPE_WAIT_S, finish)
-    timer.start()
-    assert piped(end, monkeypatch) == "first last"
-    timer.join()
-
-
-def test_where_nothing_is_piped(
+def test_where_nothing_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     end, other = os.pipe()
     os.close(other)
+    idle, open_end = os.pipe()
     (tmp_path / "empty").touch()
-    for number in (end, os.open(tmp_path / "empty", os.O_RDONLY), os.open(os.devnull, os.O_RDONLY), os.openpty()[1]):
-        assert piped(number, monkeypatch) is None
+    files = [os.open(tmp_path / "empty", os.O_RDONLY), os.open(os.devnull, os.O_RDONLY)]
+    for number in (end, idle, *files, os.openpty()[1]):
+        assert redirected(number, monkeypatch) is None
+    os.close(open_end)
     for stream in (None, io.StringIO("no descriptor")):
         monkeypatch.setattr(sys, "stdin", stream)
-        assert read_piped() is None
+        assert read_redirected() is None
     assert capsys.readouterr().err == ""
 
 
@@ -163,15 +158,6 @@ def test_a_file_that_a_shell_reads_on_is_left_alone(tmp_path: Path, monkeypatch:
     number = os.open(file, os.O_RDONLY)
     os.read(number, len("first\n"))
     other = os.dup(number)
-    assert piped(number, monkeypatch) is None
+    assert redirected(number, monkeypatch) is None
     assert os.read(other, 100) == b"second\n"
     os.close(other)
-
-
-def test_a_pipe_that_stays_open_and_empty_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    end, other = os.pipe()
-    assert piped(end, monkeypatch) is None
-    os.close(other)
-    assert "nothing has come through the pipe on standard input" in capsys.readouterr().err
