@@ -148,6 +148,12 @@ class Conversation:
         self._windowed = rewind(self.context, tokens, window)
         self._unsettled = False
 
+    def _check_open(self) -> None:
+        """Whoever takes a stream may close what it comes from between two pieces."""
+        if self.closed:
+            raise InputError("the session is closed; read the document again")
+        self._generator.check_open()
+
     def _extend(self, ids: list[int], start: int, on_progress: ProgressCallback | None) -> Tensor:
         """Read the tokens from `start` on; logits of the last."""
         context, new = self.context, ids[start:]
@@ -168,16 +174,13 @@ class Conversation:
         keep_logits: bool,
         on_progress: ProgressCallback | None,
     ) -> Iterator[str]:
-        self._generator.check_open()
+        self._check_open()
         context, captured = self.context, self._loop is not None and self._loop.capture_s is not None
         decoder = self._generator.decoder
         if self._loop is None:
             self._loop = DecodeLoop(decoder, context)
         monitor = FidelityMonitor(decoder, self._config, budget=context.token_budget)
         while sequence.finish_reason is None:
-            if self.closed:
-                raise InputError("the session is closed; read the document again")
-            self._generator.check_open()
             logits = self._loop.step([sequence.tokens[-1]], [sequence.length])
             self.stored = sequence.length
             piece = sequence.take(logits[0], keep_logits)
@@ -186,4 +189,5 @@ class Conversation:
             if on_progress is not None:
                 on_progress("decode", len(sequence.tokens), sequence.limit)
             yield piece
+            self._check_open()
         statistics.finish(context, None if captured else self._loop.capture_s, monitor)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +17,7 @@ from ds_offload.aliases import DEFAULT_MODEL
 from ds_offload.cache_folder import cache_folder
 from ds_offload.checkpoint_folder import one_line
 from ds_offload.errors import LoadError
+from ds_offload.file_lock import locked
 from ds_offload.gguf_file import load_gguf_weights, read_gguf_config, read_gguf_tokenizer
 from ds_offload.hub import THREE_WAYS
 from ds_offload.notices import notice
@@ -87,18 +85,6 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             os.fsync(stream.fileno())
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock file; waits, and says so, while another process has it. A crash frees it."""
-    with open(path, "a", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            notice(f"another process is making {DEFAULT_MODEL} ready; waiting for it")
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
 def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in _NEEDED)
 
@@ -137,7 +123,8 @@ def default_model_folder() -> Path:
         if _is_complete(target):
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.parent / f"{DEFAULT_MODEL}.lock"):
+        waiting = f"another process is making {DEFAULT_MODEL} ready; waiting for it"
+        with locked(target.parent / f"{DEFAULT_MODEL}.lock", waiting):
             if not _is_complete(target):
                 _make(target)
     except (OSError, zipfile.BadZipFile) as error:

