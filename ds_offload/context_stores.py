@@ -153,19 +153,3 @@ class ContextStores:
     def _store_of(self, layer: int, sequence: int) -> tuple[KVStore, int]:
         """The store that has a layer's rows, and the sequence's number in it."""
         return (self._dense[sequence], 0) if layer in self._dense_layers else (self.store, sequence)
-
-
-def write_parts(layers: int) -> list[slice]:
-    """Of `layers` layers in order, those whose new rows leave together.
-
-    One launch of all of them, each row on another page of host memory, took 3 ms for 1,024 rows, and a kernel of the
-    last layer stood still beside it. Half of the layers that are left leave at a time, so that all but the last
-    two layers' rows go while later layers compute.
-    """
-    parts = []
-    first = 0
-    while first < layers:
-        last = first + max(min(2, layers - first), (layers - first) // 2)
-        parts.append(slice(first, last))
-        first = last
-    return parts

@@ -156,7 +156,6 @@ class DecodeLoop:
             attention = context.attend(layer, query, step)
             with streams.producing("hidden", layer + 1):
                 hidden = parts.finish(layer, hidden, attention.flatten(1))
-            context.write_rows(layer, step)
         return hidden
 
     def _predict(self, layer: int, rope: Rope, hidden: Tensor) -> Tensor:

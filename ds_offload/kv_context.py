@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ds_offload.calibration import Calibration
 from ds_offload.config import OffloadConfig, TokenBudget
-from ds_offload.context_stores import ContextStores, write_parts
+from ds_offload.context_stores import ContextStores
 from ds_offload.decoder import DecoderStack, Rope
 from ds_offload.kernels.coded_attention import coded_attention
 from ds_offload.kernels.new_token import HeadNorms, LabelRows, new_token
@@ -128,9 +128,6 @@ class KVContext(ContextStores):
         new = (decoder.layers, sequences, decoder.kv_heads, 2, decoder.head_dim)
         self._new_rows = torch.zeros(new, dtype=rows.dtype, device=decoder.device)
         self._row_of = {layer: n for n, layer in enumerate([*offloaded, *sorted(self._dense_layers)])}
-        # Attention of a store without a window of its own reads the current token's row in it: it is there already.
-        parts = write_parts(len(offloaded)) if self.window_buffer is not None else []
-        self._written_behind = {offloaded[part.stop - 1]: part for part in parts}
 
     def __enter__(self) -> KVContext:
         return self
@@ -231,35 +228,37 @@ class KVContext(ContextStores):
                 window=self.window_buffer.rows(layer) if self.window_buffer is not None and not dense else None,
                 labels=labels if isinstance(labels, LabelRows) else None,
             )
-        if labels is not None and not isinstance(labels, LabelRows):
-            # Of its own launch, beside the compute stream: nothing reads it in this step.
-            positions = self.streams.lend(step.positions, "writer")
-            with self.streams.on("writer"):
-                self.streams.wait("rows", layer)
-                with self.streams.producing("label", layer):
-                    encode_new(rows[:, :, 0], labels, positions)
         if dense:
             for sequence, store in enumerate(self._dense):
                 one = slice(sequence, sequence + 1)
                 store.append(step.positions[one], rows[None, one], layer)
-        elif self.window_buffer is None:
+            return query
+        if self.window_buffer is None:
             # Attention reads the store in this step.
             self.store.append(step.positions, rows[None], layer)
+        self._give_to_writer(layer, rows, step.positions)
         return query
 
-    def write_rows(self, layer: int, step: Step) -> None:
-        """Behind `layer`, give the current token's rows of some layers to the store, where none has them yet."""
-        part = self._written_behind.get(layer)
-        if part is None:
+    def _give_to_writer(self, layer: int, rows: Tensor, positions: Tensor) -> None:
+        """Write what nothing reads in this step beside the compute stream: product codes and rows of the store.
+
+        Each layer's rows leave alone. Writes to far-apart pages of the host may drain at 2.5 us each, and no read
+        overtakes them: those of half of the layers, in one launch, held up the rows of layers to come.
+        """
+        streams, labels = self.streams, self.labels.layer(layer)
+        coded, stored = not isinstance(labels, LabelRows), self.window_buffer is not None
+        if not coded and not stored:
             return
-        streams = self.streams
-        positions = streams.lend(step.positions, "writer")
+        positions = streams.lend(positions, "writer")
         with streams.on("writer"):
             streams.wait("rows", layer)
-            with streams.producing("host_write", layer):
-                rows = self._new_rows[part]
-                stored = rows if self.codec is None else self.codec.encode_new(part.start, rows)
-                self.store.append(positions, stored, self._offloaded[part.start])
+            if not isinstance(labels, LabelRows):
+                with streams.producing("label", layer):
+                    encode_new(rows[:, :, 0], labels, positions)
+            if stored:
+                with streams.producing("host_write", layer):
+                    written = rows if self.codec is None else self.codec.encode_new(layer, rows)
+                    self.store.append(positions, written[None], layer)
 
     def attend(self, layer: int, query: Tensor, step: Step) -> Tensor:
         """Attention `[B, H, D]` of the current token's query `[B, H, D]` over what its layer keeps."""

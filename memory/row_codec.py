@@ -37,13 +37,9 @@ class RowCodec:
         """Quantise a layer's rows `[Hkv, n, 2, D]` to `[Hkv, n, 2, P]` uint8."""
         return encode_rows(rows, self._by_head(layer))
 
-    def encode_new(self, first: int, rows: Tensor) -> Tensor:
-        """Quantise the new token's rows `[N, B, Hkv, 2, D]` of N layers, in order from number `first` on.
-
-        Returns:
-            `[N, B, Hkv, 2, P]` uint8.
-        """
-        return encode_rows(rows, RowCode(self.layout, self._factor[first : first + len(rows), None]))
+    def encode_new(self, layer: int, rows: Tensor) -> Tensor:
+        """Quantise a layer's rows of the new token `[B, Hkv, 2, D]` to `[B, Hkv, 2, P]` uint8."""
+        return encode_rows(rows, self.layer(layer))
 
     def decode(self, layer: int, coded: Tensor, out: Tensor) -> Tensor:
         """Bring a layer's rows `[Hkv, n, 2, P]` back to `out` `[Hkv, n, 2, D]`."""

@@ -38,9 +38,9 @@ class Streams:
     - `admitted`: a layer's selection, its scores and its slots; made on compute, read by the
       look-ahead on prefetch.
     - `look_ahead`: rows for the next step; made on prefetch, read in the next step.
-    - `rows`: K/V of a layer's new token; made on compute, read by the writer, with those of layers before.
+    - `rows`: K/V of a layer's new token; made on compute, read by the writer.
     - `label`: its product code; made by the writer, read in later steps.
-    - `host_write`: the same rows in the host's store; made by the writer, read in later steps.
+    - `host_write`: its rows in the host's store; made by the writer, read in later steps.
     - `kv`: a prompt layer's K/V; made on compute, in front of what prefetch reads back for it.
     - `leaving`: the same when they have been attended to; made on compute, read by the writer.
     - `prompt_rows`: a prompt layer's rows in the store; made by the writer, waited for
