@@ -24,8 +24,8 @@ IN_LINE, AHEAD = 1.2 / 2.2, 2.9 / 2.2
 # and an H200 (docs/benchmarks.md); for each score where several programs share a row (Llama-2-7B's at 128K); and for
 # each further sequence (a batch of 8 at 32K).
 LAYER_OVERHEAD_S = 80e-6
-LONG_SELECTION_S = 12e-12
-SEQUENCE_OVERHEAD_S = 8e-6
+LONG_SELECTION_S = 10e-12
+SEQUENCE_OVERHEAD_S = 3e-6
 # Label scores of grouped heads read the labels twice, and take as long as so many readings (at 512K, the same page).
 GROUPED_READINGS = 4
 # Rows far apart in host memory, the few that a hot set lacks: rows a second by how many of a KV head are missing, as
