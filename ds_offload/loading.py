@@ -25,6 +25,7 @@ from ds_offload.errors import InputError, LoadError
 from ds_offload.families import check_family
 from ds_offload.fingerprint import fingerprint
 from ds_offload.gguf_file import load_gguf_weights, read_gguf_config, read_gguf_tokenizer
+from ds_offload.gguf_rope import take_rope_scaling
 from ds_offload.hub import THREE_WAYS, hub_folder, is_hub_id
 from ds_offload.model_shape import ModelShape
 from ds_offload.notices import warn
@@ -112,6 +113,7 @@ def _locate(name: str, dummy: bool) -> tuple[str, PreTrainedConfig]:
         if path.suffix == ".gguf":
             config = read_gguf_config(path)
             check_family(name, config.to_dict())
+            take_rope_scaling(config, path)
             return str(path), config
         if not path.is_dir():
             raise LoadError(f"model {name!r} {'is a file' if path.is_file() else 'does not exist'}; {THREE_WAYS}")

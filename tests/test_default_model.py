@@ -8,11 +8,10 @@ import zipfile
 from hashlib import sha256
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
+from gguf_case import EOS, tiny_llama, write_gguf
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_offload import default_model
 from ds_offload.aliases import DEFAULT_MODEL
@@ -21,31 +20,6 @@ from ds_offload.errors import LoadError
 from ds_offload.loading import find_model, load_weights
 
 CPU = torch.device("cpu")
-EOS = 1
-
-
-def tiny_llama() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=261,
-        max_position_embeddings=512,
-        rms_norm_eps=1e-5,
-        bos_token_id=0,
-        eos_token_id=EOS,
-        tie_word_embeddings=True,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-def paired(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a q or k projection in GGUF's order: the two halves of a head's RoPE pairs side by side."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
 def test_a_cache_folder_that_may_not_be_entered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,57 +31,6 @@ def test_a_cache_folder_that_may_not_be_entered(monkeypatch: pytest.MonkeyPatch)
         LoadError, match=r"cannot be made .*Permission denied.*; DS_OFFLOAD_CACHE moves the cache folder"
     ):
         default_model.default_model_folder()
-
-
-def write_gguf(path: Path, model: PreTrainedModel) -> None:
-    """Save the model as float32 GGUF with a byte-level vocabulary: <s>, </s>, <unk>, the 256 bytes and two merges."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    config, weights = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<s>", "</s>", "<unk>", *bytes_to_unicode().values(), "ab", "abc"])
-    writer.add_token_types([3, 3, 3] + [1] * 258)
-    writer.add_token_merges(["a b", "ab c"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(EOS)
-    writer.add_unk_token_id(2)
-    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-    parts = {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    for layer in range(config.num_hidden_layers):
-        for ours, theirs in parts.items():
-            names[f"model.layers.{layer}.{ours}.weight"] = f"blk.{layer}.{theirs}.weight"
-    for ours, theirs in names.items():
-        weight = weights[ours]
-        if theirs.endswith("attn_q.weight"):
-            weight = paired(weight, config.num_attention_heads)
-        if theirs.endswith("attn_k.weight"):
-            weight = paired(weight, config.num_key_value_heads)
-        writer.add_tensor(theirs, np.ascontiguousarray(weight.numpy()))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.fixture(scope="module")
