@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map, load_gguf_checkpoint
 
 from ds_offload.checkpoint_folder import one_line
 from ds_offload.errors import LoadError
-from ds_offload.gguf_rope import FREQUENCY_FACTORS
+from ds_offload.gguf_header import FREQUENCY_FACTORS, read_gguf_header
 from ds_offload.model_shape import build_on_meta
 
 
@@ -57,7 +56,7 @@ def load_gguf_weights(
         )
         # transformers passes over tensors that the model has no place for, and does not say so.
         taken = get_gguf_hf_weights_map(skeleton, TensorProcessor())
-        unused = {tensor.name for tensor in GGUFReader(path).tensors} - set(taken) - {FREQUENCY_FACTORS}
+        unused = read_gguf_header(path).tensors - set(taken) - {FREQUENCY_FACTORS}
     except Exception as error:
         raise _unreadable(path, error) from error
     model, info = loaded

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ds_offload.errors import InputError
+from ds_offload.gguf_header import FREQUENCY_FACTORS, read_gguf_header
 
-# llama.cpp keeps Llama 3's scaling as a tensor: what each frequency is divided by.
-FREQUENCY_FACTORS = "rope_freqs.weight"
 # Of every Llama from 3.1 on; only the factor differs.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _TYPE, _FACTOR, _ORIGINAL = "scaling.type", "scaling.factor", "scaling.original_context_length"
@@ -28,17 +26,21 @@ def take_rope_scaling(config: PreTrainedConfig, path: Path) -> None:
 
     Raises:
         InputError: A kind of scaling that is not known.
+        LoadError: The file cannot be read.
     """
-    reader = GGUFReader(path)
-    prefix = f"{reader.fields['general.architecture'].contents()}.rope."
-    stated = {name.removeprefix(prefix): field for name, field in reader.fields.items() if name.startswith(prefix)}
-    values = {name: field.contents() for name, field in stated.items() if name.startswith("scal")}
-    tensor = next((one for one in reader.tensors if one.name == FREQUENCY_FACTORS), None)
-    if tensor is not None:
-        factors = torch.tensor(tensor.data, dtype=torch.float32).flatten()
-        config.rope_parameters = config.rope_parameters | _of_llama3(config, factors, path)
-        return
-    config.rope_parameters = config.rope_parameters | _stated(values, path)
+    header = read_gguf_header(path)
+    prefix = f"{header.values['general.architecture']}.rope."
+    stated = {name.removeprefix(prefix): value for name, value in header.values.items() if name.startswith(prefix)}
+    parameters = _stated({name: value for name, value in stated.items() if name.startswith("scal")}, path)
+    if header.frequency_factors is not None:
+        factors = _of_llama3(config, torch.tensor(header.frequency_factors), path)
+        if factors and parameters:
+            raise InputError(
+                f"{path} scales RoPE twice ({parameters['rope_type']}, and by {FREQUENCY_FACTORS}), "
+                "which is not supported; use a folder of safetensors"
+            )
+        parameters |= factors
+    config.rope_parameters = config.rope_parameters | parameters
     config.standardize_rope_params()
 
 

@@ -114,6 +114,7 @@ def test_scaling_in_the_metadata_is_taken(
             "scaling.yarn_log_multiplier=0.5",
         ),
         ({}, llama3_factors(low=2.0), "rope_freqs.weight"),
+        ({"llama.rope.scaling.factor": 2.0}, llama3_factors(), "linear, and by rope_freqs.weight"),
     ],
 )
 def test_other_scaling_is_refused(
