@@ -76,14 +76,17 @@ def check_family(name: str, fields: dict) -> None:
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Tokens of the sliding window that some layer uses, or None."""
+    """Tokens of the sliding window that some layer uses, or None.
+
+    transformers' cache keeps no more than that of a Llama, too, whose config states one (or `attention_chunk_size`).
+    """
     window = getattr(config, "sliding_window", None)
     if window is None:
-        return None
+        window = getattr(config, "attention_chunk_size", None)
     layer_types = getattr(config, "layer_types", None)
-    if config.model_type in ("qwen2", "qwen3"):
-        return window if layer_types and "sliding_attention" in layer_types else None
-    return window if config.model_type in ("mistral", "mixtral") else None
+    if layer_types is not None and config.model_type not in ("mistral", "mixtral"):
+        return window if any(kind != "full_attention" for kind in layer_types) else None
+    return window
 
 
 def check_supported(config: PreTrainedConfig, max_context: int) -> None:

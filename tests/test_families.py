@@ -81,6 +81,10 @@ def test_remote_code_is_refused() -> None:
     [
         ("mistral", {"sliding_window": 512}),
         ("mixtral", {"sliding_window": 512}),
+        ("mixtral", {"sliding_window": 512, "layer_types": ["full_attention", "full_attention"]}),
+        ("llama", {"sliding_window": 512}),
+        ("llama", {"attention_chunk_size": 512}),
+        ("llama", {"sliding_window": 512, "layer_types": ["full_attention", "sliding_attention"]}),
         ("qwen2", {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 1}),
         ("qwen3", {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 1}),
     ],
@@ -93,14 +97,15 @@ def test_a_sliding_window_is_refused_only_beyond_it(family: str, fields: dict) -
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("family", "fields"),
     [
-        {"sliding_window": 512, "use_sliding_window": False},
-        {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 2},
+        ("qwen2", {"sliding_window": 512, "use_sliding_window": False}),
+        ("qwen2", {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 2}),
+        ("llama", {"sliding_window": 512, "layer_types": ["full_attention", "full_attention"]}),
     ],
 )
-def test_a_window_that_no_layer_uses_is_no_obstacle(fields: dict) -> None:
-    check_supported(tiny_config("qwen2", **fields), 4096)
+def test_a_window_that_no_layer_uses_is_no_obstacle(family: str, fields: dict) -> None:
+    check_supported(tiny_config(family, **fields), 4096)
 
 
 def test_partial_rotary_is_refused() -> None:
