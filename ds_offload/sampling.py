@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
 )
 
 from ds_offload.config import parse_tokens
-from ds_offload.errors import InputError
+from ds_offload.errors import InputError, LoadError
 from ds_offload.notices import warn
 
 LOWEST_TEMPERATURE = 1e-4  # below it, float32 logits divided by the temperature may overflow
@@ -145,6 +145,9 @@ class Sampler:
 
         Returns:
             The token id, which also counts as part of the sequence from now on.
+
+        Raises:
+            LoadError: Logits that are not finite.
         """
         token = self._draw(self.process(logits))
         if self._seen is not None:
@@ -158,6 +161,13 @@ class Sampler:
         return self._processors(cast(torch.LongTensor, ids), cast(torch.FloatTensor, row))
 
     def _draw(self, scores: Tensor) -> Tensor:
+        best, token = scores.max(dim=-1, keepdim=True)
+        # NaN counts as the largest. It would be answered with token 0, or on CUDA with an assertion of the device.
+        if not math.isfinite(best):
+            raise LoadError(
+                "the model gave logits that are not finite; its weights are damaged, or need a wider dtype "
+                "such as --dtype bf16 or fp32"
+            )
         if self._greedy:
-            return scores.argmax(dim=-1, keepdim=True)
+            return token
         return torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator)

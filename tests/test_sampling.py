@@ -15,7 +15,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from ds_offload.errors import InputError
+from ds_offload.errors import InputError, LoadError
 from ds_offload.sampling import Sampler, SamplingParams
 
 VOCAB = 97
@@ -135,6 +135,17 @@ def test_generated_tokens_are_penalised_too() -> None:
     logits = torch.tensor([1.0, 0.9, 0.8, -1.0])
     sampler = Sampler(SamplingParams(repetition_penalty=2.0), [3], "cpu")
     assert [sampler(logits) for _ in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(value: float, temperature: float) -> None:
+    logits = torch.zeros(5)
+    sampler = Sampler(SamplingParams(temperature=temperature, top_k=2 if temperature else None), [0], "cpu")
+    sampler(logits)
+    logits[3] = value
+    with pytest.raises(LoadError, match="not finite"):
+        sampler(logits)
 
 
 @pytest.mark.parametrize("penalty", [0.01, 100])

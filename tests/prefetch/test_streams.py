@@ -10,6 +10,7 @@ import torch
 from tiny_models import random_prompts, save_tiny, tiny_config
 
 from ds_offload import OffloadConfig, OffloadedGenerator
+from ds_offload.errors import LoadError
 from ds_offload.kv_context import KVContext
 from ds_offload.prefetch.streams import Faults, Streams
 from ds_offload.prefill import prefill
@@ -95,7 +96,12 @@ def test_an_event_taken_out_is_noticed(
 ) -> None:
     expected = logits(folder, prefetch, location, budget=budget, capture=False)
     faults = Faults(delay={producer: SLOW}, drop=frozenset(drop))
-    broken = logits(folder, prefetch, location, faults, budget, capture=False)
+    try:
+        broken = logits(folder, prefetch, location, faults, budget, capture=False)
+    except LoadError as error:
+        # What was never written may be no numbers.
+        assert "not finite" in str(error)
+        return
     assert not torch.equal(broken, expected)
 
 
