@@ -46,7 +46,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(data).header()
-    except (OSError, ValueError, KeyError, struct.error) as error:
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, struct.error) as error:
         raise LoadError(f"{path} cannot be read as GGUF: {one_line(error)}; give a whole .gguf file") from error
 
 
