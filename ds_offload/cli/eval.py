@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 # Tokens of the shipped document, its question and its answer: the default context of `eval longdoc` holds them.
 LONGDOC_TOKENS = 4096
 TABLE_WIDTH = 200
+# Fields of the config that a sweep sets itself, and the option that says to what.
+IN_THE_GRID = {
+    "token_budget": "--budgets",
+    "label_code": "--labels",
+    "label_channels": "--labels",
+    "label_bits": "--labels",
+    "prefetch": "--modes",
+}
 
 app = typer.Typer(
     help="Compare sparse with dense decoding: loss, retrieval, documents, agreement, benchmarks. "
@@ -237,6 +245,9 @@ def sweep(
     from ds_offload.evaluation.sweep_picture import print_sweep, save_sweep
 
     grid = SweepGrid.parse(budgets, labels, modes)
+    for field, flag in IN_THE_GRID.items():
+        if getattr(config, field) != getattr(OffloadConfig(), field):
+            raise InputError(f"--{field.replace('_', '-')} is of one run, and a sweep goes by {flag}; give it there")
     if plot is not None:
         check_plot(plot)
     result = _measure(

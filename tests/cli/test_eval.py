@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-SMALL = ("--sink-tokens", "2", "--recent-tokens", "4", "--token-budget", "1/8", "--device", "cpu")
+WINDOW = ("--sink-tokens", "2", "--recent-tokens", "4")
+SMALL = (*WINDOW, "--token-budget", "1/8", "--device", "cpu")
 ROW = {"input": "Who?", "context": "word " * 60, "answers": ["me"], "length": 60, "dataset": "hotpotqa"}
 
 Command = Callable[..., Any]
@@ -88,9 +89,9 @@ def test_longdoc_needs_a_model_with_room(refused: Command, plain_model: str) -> 
 def test_sweep(command: Command, plain_model: str, text_file: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "sweep.svg"
-    options = ("--text", text_file, "--ctx", "200", "--positions", "4", "--plot", str(picture))
+    options = ("--text", text_file, "--ctx", "200", "--positions", "4", "--plot", str(picture), "--device", "cpu")
     grid = ("--budgets", "1/8", "--labels", "2,4x8", "--modes", "off")
-    result = check(command("eval", "sweep", "--model", plain_model, *SMALL, *options, *grid, "--json"), "nll")
+    result = check(command("eval", "sweep", "--model", plain_model, *WINDOW, *options, *grid, "--json"), "nll")
     assert [(row["label_channels"], row["label_bits"]) for row in result["rows"]] == [(12, 2), (4, 8)]
     assert {"delta", "mean_density", "h2d_bytes_per_token", "label_bytes"} <= result["rows"][0].keys()
     assert picture.read_bytes().startswith(b"<?xml")
@@ -116,6 +117,12 @@ def test_sweep(command: Command, plain_model: str, text_file: str, tmp_path: Pat
         (("mmlu", "--data", "EMPTY"), "has no file *_test.csv"),
         (("sweep", "--text", "TEXT", "--labels", "3"), "labels='3'"),
         (("sweep", "--text", "TEXT", "--plot", "x.txt"), "is no picture"),
+        (
+            ("sweep", "--text", "TEXT", "--token-budget", "1/4"),
+            "--token-budget is of one run, and a sweep goes by --bu",
+        ),
+        (("sweep", "--text", "TEXT", "--label-bits", "4"), "a sweep goes by --labels; give it there"),
+        (("sweep", "--text", "TEXT", "--prefetch", "exact"), "a sweep goes by --modes; give it there"),
         (("surprise",), "surprise"),
     ],
 )
