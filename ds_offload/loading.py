@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from ds_offload.rope_scaling import apply_rope_scaling
 
 # What makes the default model the long one.
 ADAPTER = Path(__file__).parent / "data" / LONG_MODEL
+# transformers replaces parts of itself and of torch while it loads; a thread that loads meanwhile misses weights.
+_TRANSFORMERS = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,19 @@ class LoadedModel:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Only errors from transformers, and its progress bars (on stderr) only on a terminal."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+    """Only errors from transformers, and its progress bars (on stderr) only on a terminal; one thread at a time."""
+    with _TRANSFORMERS:
+        verbosity = transformers_logging.get_verbosity()
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if bars:
+                transformers_logging.enable_progress_bar()
 
 
 def _looks_like_path(name: str) -> bool:
@@ -170,6 +174,8 @@ def find_model(
         LoadError: Nothing by that name, or files that are broken or missing.
         InputError: A model family or an argument that is not supported.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise InputError(f"the model's name is {name!r:.60}, which is no text; {THREE_WAYS}")
     name = os.fspath(name)
     if not name.strip():
         raise InputError(f"the model's name is empty; {THREE_WAYS}")

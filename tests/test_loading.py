@@ -129,6 +129,8 @@ def test_unknown_names_name_the_three_ways(tmp_path: Path, monkeypatch: pytest.M
     refused("./nonsense", "'./nonsense'", "does not exist", *ways)
     refused(str(tmp_path / "none"), "does not exist", *ways)
     refused("  ", "empty", *ways, kind=InputError)
+    refused(5, "the model's name is 5, which is no text", *ways, kind=InputError)  # type: ignore[arg-type]
+    refused(None, "the model's name is None", *ways, kind=InputError)  # type: ignore[arg-type]
     refused("./two\nlines", "two\\nlines", *ways)
 
 
