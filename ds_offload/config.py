@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from ds_offload.errors import InputError
+from ds_offload.given_path import check_path
 from ds_offload.label_choice import check_labels, choose_labels
 
 SIZE_LIMIT = 2**53  # below it floats, which times are estimated in, hold every size
@@ -200,9 +201,7 @@ class OffloadConfig:
                 fix(field, parse_bytes(getattr(self, field), field))
         for field in ("calibration", "kv_dir"):
             if getattr(self, field) is not None:
-                fix(field, str(getattr(self, field)))
-                if not getattr(self, field):
-                    raise InputError(f"{field}='' is empty; give a path, or leave it out")
+                fix(field, check_path(getattr(self, field), field))
         check_labels(self.label_code, self.label_bits, self.label_channels)
         self._one_of("kv_location", ("host", "gpu"))
         if self.kv_dir is not None and self.kv_location == "gpu":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ _MARK = "<<text goes here>>"
 _PROBES = ("A", "the", "1", "\n.", "\u00e9")
 # Characters at the end of the prompt that are tokenised with every question. Tokens further back depend on none.
 _TAIL = (1_000, 4_000)
+_QUESTION = "one text, or one list of token ids"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,11 @@ def conversation_ids(
     """
     tokenizer = loaded.tokenizer
     if not isinstance(question, str):
-        given = list(question) if isinstance(question, Iterable) else question
+        if not isinstance(question, Iterable) or isinstance(question, bytes | bytearray | Mapping):
+            raise InputError(f"the question is of type {type(question).__name__}; it must be {_QUESTION}")
+        given: list[Any] = list(question)
+        if any(isinstance(entry, str | Mapping) for entry in given):
+            raise InputError(f"the question is a list that begins with {given[0]!r:.60}; it must be {_QUESTION}")
         return known + encode_prompt(given, tokenizer, loaded.source.shape.vocab_size)
     if document is not None and len(known) == document_tokens:
         return document.ids(known, question, tokenizer)

@@ -34,7 +34,8 @@ from ds_offload.step_trace import StepTrace
 class OffloadedGenerator(CallPlanner):
     """Generates with the KV cache in host memory; one model on one device.
 
-    Use it as a context manager, or call `close` when done, with its sessions first. One call runs at a time.
+    Use it as a context manager, or call `close` when done, with its sessions first. One call runs at a time;
+    threads that call at once take a generator each.
 
     Attributes:
         config: The configuration with everything the model decides filled in.
@@ -91,7 +92,8 @@ class OffloadedGenerator(CallPlanner):
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer; None where its folder has none."""
+        """The model's tokenizer; None where its folder has none. InputError once the generator is closed."""
+        self.check_open()
         return self.loaded.tokenizer
 
     def __enter__(self) -> OffloadedGenerator:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import torch
 from ds_offload.document_prompt import DocumentPrompt
 from ds_offload.dtypes import QUANTISED_BITS
 from ds_offload.errors import InputError, LoadError
+from ds_offload.given_path import given_path
 from ds_offload.kv_context import KVContext
 from ds_offload.prefill import ProgressCallback, prefill
 from ds_offload.prefill_checkpoint import PrefillCheckpoint
@@ -65,7 +65,7 @@ def read_document(
 def load_session(generator: OffloadedGenerator, path: str | Path) -> Session:
     """A session that was saved; see `OffloadedGenerator.load_session`."""
     generator.check_open()
-    folder = Path(os.path.expanduser(path)).absolute()
+    folder = given_path(path, "path").absolute()
     while True:
         recover(folder)
         seen = _content(folder)

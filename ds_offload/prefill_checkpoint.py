@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ds_offload.calibration_file import Calibration
 from ds_offload.config import OffloadConfig
 from ds_offload.errors import InputError, LoadError
+from ds_offload.given_path import given_path
 from ds_offload.kept_parts import kept_parts, restore_parts
 from ds_offload.kv_context import KVContext
 from ds_offload.notices import notice
@@ -106,12 +107,11 @@ class PrefillCheckpoint:
         """The checkpoint of the one prompt of a call, None without a folder; see `PrefillIdentity.of`.
 
         Raises:
-            InputError: Several prompts, and as the class.
+            InputError: Several prompts, no path, and as the class.
         """
         if folder is None:
             return None
-        if not str(folder):
-            raise InputError("checkpoint='' is empty; give a folder, or leave it out")
+        folder = given_path(folder, "checkpoint")
         if len(prompts) > 1:
             raise InputError(f"a checkpoint is of one prompt, and {len(prompts)} were given; leave checkpoint out")
         return cls(folder, PrefillIdentity.of(prompts[0], model, config, calibration))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from ds_offload.conversation import Conversation
 from ds_offload.document_prompt import DocumentPrompt, conversation_ids
 from ds_offload.errors import InputError
 from ds_offload.generation import GenerationOutput, Sequence
+from ds_offload.given_path import given_path
 from ds_offload.kv_context import KVContext
 from ds_offload.memory.plan import MemoryPlan
 from ds_offload.memory_check import check_request
@@ -106,7 +106,7 @@ class Session:
             those of them that were new.
 
         Raises:
-            InputError: An empty question, no room for it, a wrong sampling value, or a session
+            InputError: An empty question or one of another kind, no room for it, a wrong sampling value, or a session
                 that is closed or still answering.
         """
         sequence = self._sequence(question, sampling)
@@ -167,10 +167,12 @@ class Session:
         """Write the session to the folder `path`, in the place of a session that is there: whole, or not at all.
 
         Raises:
-            InputError: Something else is there, the disk has no room, or the session is closed or answering.
+            InputError: `path` is no path, something else is there, the disk has no room, or the session is closed
+                or answering.
             SessionWriteError: It could not be written; what was there is intact.
         """
         self._check_free()
+        folder = given_path(path, "path").absolute()
         self._conversation.read_window(self.token_ids)
         loaded = self._generator.loaded
         identity = SessionIdentity.of(loaded, self.config)
@@ -184,9 +186,7 @@ class Session:
             document_tokens=self.document_tokens,
             document=self.document,
         )
-        return write_session(
-            Path(os.path.expanduser(path)).absolute(), header, self._conversation.context, self._calibration
-        )
+        return write_session(folder, header, self._conversation.context, self._calibration)
 
     def _sequence(self, question: str | list[int], sampling: dict[str, Any]) -> Sequence:
         self._check_free()

@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from ds_offload.errors import InputError
+from ds_offload.given_path import given_path
 from ds_offload.notices import notice, warn
 
 # The first steps compile kernels and capture the graph; the profiler itself starts up in the next.
@@ -35,11 +36,11 @@ class StepTrace:
         tokens: New tokens at most.
 
     Raises:
-        InputError: As `check_trace`.
+        InputError: As `check_trace`, or `path` is no path.
     """
 
     def __init__(self, path: str | Path | None, device: torch.device, tokens: int) -> None:
-        self._path = Path(path) if path is not None else None
+        self._path = given_path(path, "trace") if path is not None else None
         self._profile: profile | None = None
         self._written = False
         if self._path is None:

@@ -52,6 +52,7 @@ def test_nothing_is_asked_of_a_closed_generator(tiny_llama: Path, tmp_path: Path
     for call in (
         lambda: gen.generate(DOCUMENT),
         lambda: gen.stream(DOCUMENT),
+        lambda: gen.tokenizer,
         lambda: gen.prefill(DOCUMENT),
         lambda: gen.load_session(tmp_path),
         lambda: session.ask(QUESTIONS[0]),
@@ -123,7 +124,12 @@ def test_what_cannot_be_asked(gen: OffloadedGenerator) -> None:
     session = gen.prefill(DOCUMENT)
     refusals: list[tuple[Any, dict[str, Any], str]] = [
         ([], {}, "empty list"),
-        (5, {}, "the prompt is of type int; it must be"),
+        (5, {}, "the question is of type int; it must be one text, or one list of token ids"),
+        (None, {}, "the question is of type NoneType"),
+        (b"Why?", {}, "the question is of type bytes"),
+        ({"role": "user"}, {}, "the question is of type dict"),
+        ([{"role": "user", "content": "Why?"}], {}, "the question is a list that begins with {'role'"),
+        (["Why?", "Who?"], {}, "the question is a list that begins with 'Why.'; it must be one text"),
         ([301], {}, "token id 301"),
         ("text", {}, "no tokenizer"),
         (random_prompts(250)[0], {}, "400 tokens and max_context=400"),

@@ -16,6 +16,7 @@ from ds_offload.cli.progress import ProgressReport
 from ds_offload.cli.text_source import read_text_file
 from ds_offload.config import OffloadConfig, parse_tokens
 from ds_offload.errors import InputError
+from ds_offload.given_path import check_path
 
 FEWEST_TOKENS = 64
 
@@ -56,7 +57,7 @@ def calibrate(
     from ds_offload.memory_check import check_weights
 
     if out is not None:
-        check_replaceable(out)
+        check_replaceable(check_path(out, "out"))
     device = resolve_device(model.device)
     source = find_model(model.name, load_format=model.load_format, dtype=model.dtype, rope_scaling=model.rope_scaling)
     check_supported(source.config, 1)

@@ -149,6 +149,7 @@ def test_sixty_four_tokens_are_enough(
         (["--tokens", "63"], "tokens='63' is too few to fit labels; give at least 64"),
         (["--tokens", "0"], "tokens='0' must be at least 1"),
         (["--tokens", "4q"], "tokens='4q' is not a size"),
+        (["--out", ""], "out='' is empty; give a path, or leave it out"),
         (["--out", "."], "cannot write .: it is not a regular file"),
         (["--out", "no/such/folder/c"], "there is no folder no/such/folder"),
         # Refused before a model is looked for.
