@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,6 +24,7 @@ from ds_offload.cli.progress import ProgressReport
 from ds_offload.cli.text_source import STDIN, read_prompt
 from ds_offload.config import OffloadConfig
 from ds_offload.errors import InputError
+from ds_offload.given_path import given_path
 from ds_offload.notices import notice, warn
 
 if TYPE_CHECKING:
@@ -81,10 +81,12 @@ def run(
             raise InputError("--session goes without --trace; leave one of them out")
         if question is None:
             raise InputError("--session needs --question; give a question about the document")
-        SessionRun(model, config, session, sessions_dir, question).run(
+        SessionRun(model, config, session, sessions_dir, question, chat).run(
             prompt, prompt_file, sampling, as_json, checkpoint
         )
         return
+    if sessions_dir is not None:
+        raise InputError("--sessions-dir is for --session, which was not given; give --session NAME, or leave it out")
     text = read_prompt(prompt, prompt_file)
 
     if trace is not None:
@@ -93,7 +95,7 @@ def run(
         read_from = prompt_file if prompt_file is not None and prompt_file != STDIN else None
         if read_from is not None and os.path.exists(trace) and os.path.samefile(read_from, trace):
             raise InputError(f"--trace {trace!r} is the file of the prompt; give another file")
-        check_trace(Path(trace), longest)
+        check_trace(given_path(trace, "trace"), longest)
     from ds_offload.generator import OffloadedGenerator
     from ds_offload.prefill_checkpoint import check_checkpoint_folder
     from ds_offload.preparation import PreparedModel
@@ -104,7 +106,7 @@ def run(
     prepared.check_answer(ids, longest)
     if checkpoint is not None:
         # Makes the folder: behind everything else that is refused.
-        check_checkpoint_folder(Path(checkpoint))
+        check_checkpoint_folder(given_path(checkpoint, "checkpoint"))
     with OffloadedGenerator.from_prepared(prepared) as generator:
         answer(generator, ids, sampling, as_json, trace, checkpoint)
 
@@ -130,13 +132,25 @@ def check_stop(sampling: dict[str, Any], tokenizer: Any) -> None:
         raise InputError("--stop needs a tokenizer, and this model's folder has none; leave --stop out")
 
 
+def check_chat(chat: bool, tokenizer: Any) -> None:
+    """Refuse --chat where the model has no chat template.
+
+    Raises:
+        InputError: It has none.
+    """
+    from ds_offload.prompts import has_chat_template
+
+    if chat and not has_chat_template(tokenizer):
+        raise InputError("--chat needs a chat template, and this model has none; leave --chat out")
+
+
 def build_prompt(text: str, question: str | None, chat: bool, tokenizer: Any) -> Any:
     """What the generator is given: text, messages, or token ids where the model has no tokenizer.
 
     Raises:
         InputError: A question or a chat without a tokenizer, or text that is no token ids.
     """
-    from ds_offload.prompts import document_prompt, has_chat_template, parse_token_ids
+    from ds_offload.prompts import document_prompt, parse_token_ids
 
     if tokenizer is None:
         if question is not None or chat:
@@ -145,8 +159,7 @@ def build_prompt(text: str, question: str | None, chat: bool, tokenizer: Any) ->
                 f"{name} needs a tokenizer, and this model's folder has none; give token ids as the prompt without it"
             )
         return parse_token_ids(text)
-    if chat and not has_chat_template(tokenizer):
-        raise InputError("--chat needs a chat template, and this model has none; leave --chat out")
+    check_chat(chat, tokenizer)
     if question is not None:
         return document_prompt(text, question, tokenizer)
     return [{"role": "user", "content": text}] if chat else text

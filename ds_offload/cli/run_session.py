@@ -10,11 +10,12 @@ from typing import Any
 
 from ds_offload.cli.option_groups import ModelOptions
 from ds_offload.cli.progress import ProgressReport
-from ds_offload.cli.run import build_prompt, check_stop, end_text, print_json, print_pieces
+from ds_offload.cli.run import build_prompt, check_chat, check_stop, end_text, print_json, print_pieces
 from ds_offload.cli.text_source import read_prompt, read_redirected
 from ds_offload.config import OffloadConfig
 from ds_offload.errors import InputError
 from ds_offload.generator import OffloadedGenerator
+from ds_offload.given_path import given_path
 from ds_offload.notices import notice
 from ds_offload.prefill_checkpoint import check_checkpoint_folder
 from ds_offload.preparation import PreparedModel, room_of
@@ -34,10 +35,17 @@ class SessionRun:
     """
 
     def __init__(
-        self, model: ModelOptions, config: OffloadConfig, name: str, sessions_dir: str | None, question: str
+        self,
+        model: ModelOptions,
+        config: OffloadConfig,
+        name: str,
+        sessions_dir: str | None,
+        question: str,
+        chat: bool = False,
     ) -> None:
         self._folder = session_path(name, sessions_dir)
         self._question = question
+        self._chat = chat
         self._model = model
         self._config = config
         recover(self._folder)
@@ -60,7 +68,7 @@ class SessionRun:
             SessionWriteError: The session could not be saved; the answer was printed.
         """
         real = Path(os.path.realpath(self._folder))
-        if checkpoint is not None and Path(os.path.realpath(checkpoint)).is_relative_to(real):
+        if checkpoint is not None and given_path(checkpoint, "checkpoint").resolve().is_relative_to(real):
             raise InputError(
                 f"--checkpoint {checkpoint} is in the folder of the session {self._folder}, which takes nothing else; "
                 "give --checkpoint another folder"
@@ -71,12 +79,13 @@ class SessionRun:
         if prepared.tokenizer is None:
             question = encode_prompt(parse_token_ids(self._question), None, prepared.source.shape.vocab_size)
         check_stop(sampling, prepared.tokenizer)
+        check_chat(self._chat, prepared.tokenizer)
         document = self._document(text, prepared)
         if checkpoint is not None:
             if document is None:
                 notice(f"the session {self._folder} is read already: --checkpoint is not used")
             else:
-                check_checkpoint_folder(Path(checkpoint))
+                check_checkpoint_folder(given_path(checkpoint, "checkpoint"))
         with OffloadedGenerator.from_prepared(prepared) as generator:
             session, unsaved = self._open(generator, document, checkpoint)
             with session:

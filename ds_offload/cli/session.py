@@ -44,7 +44,7 @@ def list_sessions(
     folder = session_path(where, sessions_dir) if where is not None else sessions_folder(sessions_dir)
     if where is not None and not folder.is_dir():
         raise InputError(f"there is no folder {folder}; give a session's name, or a folder of sessions")
-    if sessions_dir and not sessions_folder(sessions_dir).is_dir():
+    if sessions_dir is not None and not sessions_folder(sessions_dir).is_dir():
         raise InputError(f"--sessions-dir {sessions_dir!r} is no folder; give the folder of sessions")
     if (folder / HEADER).is_file():
         found = [folder]

@@ -138,6 +138,10 @@ def test_wrong_input(refused: Any, command: Any, kept: Kept, plain_model: str, t
         (*run, "--session", ".", "--question", "Why?"): "is no name of a session",
         (*run, "--session", "", "--question", "Why?"): "is no name of a session",
         (*run, "--session", str(tmp_path / "file"), "--question", "Why?"): "is no session",
+        (*run, "--session", "book", "--question", "Why?", "--sessions-dir", ""): "sessions_dir='' is empty",
+        (*run, "--session", "./book", "--question", "Why?", "--sessions-dir", folder): "is for names; leave one of",
+        (*run, "--prompt", "Why?", "--sessions-dir", folder): "is for --session, which was not given",
+        ("session", "list", "--sessions-dir", ""): "sessions_dir='' is empty",
         (*run, "--session", "long", "--question", "Why?", "--prompt", "long " * 200): "max_context=512",
         ("session", "list", "nowhere"): "there is no folder",
         ("session", "list", "--sessions-dir", str(tmp_path / "nowhere")): "is no folder",
@@ -154,6 +158,8 @@ def test_wrong_input(refused: Any, command: Any, kept: Kept, plain_model: str, t
         assert words in refused(*arguments).err, arguments
     other = command("run", *CPU, "--model", plain_model, *session, "--question", "Why?")
     assert other.status == 2 and "is of another model (fingerprint" in other.error_lines[-1]
+    chat = command("run", *CPU, "--model", plain_model, *session, "--question", "Why?", "--chat")
+    assert chat.status == 2 and "--chat needs a chat template" in chat.error_lines[-1]
     bits = command(*run, *session, "--question", "Why?", "--label-bits", "8")
     assert bits.status == 2 and "label_code (product, here scalar)" in bits.error_lines[-1]
 
