@@ -35,7 +35,8 @@ def _parse_size(value: Any, units: dict[str, int], field: str, example: str) -> 
     if isinstance(value, int) and abs(value) >= SIZE_LIMIT:
         raise InputError(f"{field} must be at least 1 and under 2^53; write {example}")
     text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
-    match = re.fullmatch(r"\s*(-?\d[\d_,]*(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    # A comma elsewhere than between thousands may be a decimal point.
+    match = re.fullmatch(r"\s*(-?(?:\d{1,3}(?:,\d{3})+|\d+(?:_\d+)*)(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in units:
         raise InputError(f"{field}={value!r:.60} is not a size; write {example}")
     unit = units[match[2].lower()]

@@ -35,10 +35,28 @@ def test_default_label_channels_fill_their_rows(head_dim: int, bits: int, channe
 
 @pytest.mark.parametrize(
     ("text", "tokens"),
-    [("4096", 4096), (7, 7), ("1.5k", 1536), ("0.5k", 512), ("2.0", 2), ("1_000", 1000), (str(2**53 - 1), 2**53 - 1)],
+    [
+        ("4096", 4096),
+        (7, 7),
+        ("1.5k", 1536),
+        ("0.5k", 512),
+        ("2.0", 2),
+        ("1_000", 1000),
+        ("1,048k", 1048 * 1024),
+        (str(2**53 - 1), 2**53 - 1),
+    ],
 )
 def test_sizes_in_tokens(text: int | str, tokens: int) -> None:
     assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["1,5k", "1,16", "12,34", "1,0000", ",5", "1__0", "4096,"])
+def test_a_comma_stands_between_thousands(text: str) -> None:
+    """Elsewhere it may be a decimal point, or another number's: 1,5k is not 15k, and 1,16 not 116."""
+    with pytest.raises(InputError, match=f"max_context='{text}' is not a size"):
+        parse_tokens(text)
+    with pytest.raises(InputError, match=f"token_budget='{text}' is no budget"):
+        OffloadConfig(token_budget=text)
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("1.3k", 1331), ("1.2M", 1_258_291), ("0.5k", 512)])
