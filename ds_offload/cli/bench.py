@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ds_offload.cli.bench_output import Output, count_samples, kernel_options, output_options, report_rows
-from ds_offload.cli.config_options import config_options
+from ds_offload.cli.config_options import check_no_monitor, config_options
 from ds_offload.cli.option_groups import add_options
 from ds_offload.config import OffloadConfig, TokenBudget
 
@@ -84,6 +84,7 @@ def decode(
     from ds_offload.bench.sizes import parse_count
     from ds_offload.devices import resolve_device
 
+    check_no_monitor(config)
     device = resolve_device(output.device)
     default_model, default_tokens, default_steps, default_warm_ups = DECODE_DEFAULTS[device.type]
     tokens = config.max_context
@@ -128,6 +129,7 @@ def prefill(
     from ds_offload.bench.sizes import parse_count
     from ds_offload.devices import resolve_device
 
+    check_no_monitor(config)
     device = resolve_device(output.device)
     tokens = config.max_context
     assert tokens is None or isinstance(tokens, int)

@@ -82,6 +82,17 @@ def build_config(values: dict[str, str]) -> OffloadConfig:
     return OffloadConfig(**{name: _read(name, text, kinds[name]) for name, text in values.items()})
 
 
+def check_no_monitor(config: OffloadConfig) -> None:
+    """Refuse what the monitor would do, for commands that measure without it.
+
+    Raises:
+        InputError: It was to widen the budget, or to compare every so many steps.
+    """
+    given = "--monitor widen" if config.monitor == "widen" else "--monitor-every"
+    if config.monitor == "widen" or config.monitor_every is not None:
+        raise InputError(f"{given} has no effect here: evaluations and benchmarks run no monitor; leave it out")
+
+
 def _read(name: str, text: str, kind: str) -> Any:
     """`text` as the field's type; text that is not of that type stays, for the config to refuse."""
     if kind.startswith("tuple"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ds_offload.cli.config_options import config_options
+from ds_offload.cli.config_options import check_no_monitor, config_options
 from ds_offload.cli.option_groups import ModelOptions, add_options, model_options, option, read_number
 from ds_offload.cli.progress import ProgressReport
 from ds_offload.cli.summarize import read_documents
@@ -273,6 +273,7 @@ def _measure(model: ModelOptions, config: OffloadConfig, work: Work, least: int 
     """Load the model and do the work on it, with progress on stderr."""
     from ds_offload.evaluation.subject import EvalSubject, prepare
 
+    check_no_monitor(config)
     found = dataclasses.asdict(model)
     with EvalSubject(prepare(found, config, least)) as subject, ProgressReport() as progress:
         return work(subject, progress)

@@ -112,7 +112,7 @@ def test_decode(command: Any, ids_model: str) -> None:
         ("--dense-layers", "0,2"),
         ("--token-budget", "1/1"),
         ("--token-budget", "8"),
-        ("--monitor", "widen"),
+        ("--monitor", "off"),
     ],
 )
 def test_decode_with_other_options(command: Any, ids_model: str, arguments: tuple[str, ...]) -> None:
@@ -182,6 +182,8 @@ def wrong_inputs() -> dict[str, tuple[list[str], str]]:
         "rows that do not move": ([*decode, "--variants", "paper", "--kv-location", "gpu"], "--kv-location host"),
         "replayed scores": ([*decode, "--token-budget", "top-p:0.9"], "--selections random"),
         "a field out of range": ([*decode, "--label-bits", "3"], "label_bits=3"),
+        "a monitor": ([*decode, "--monitor", "widen"], "--monitor widen has no effect here"),
+        "a monitored prefill": (["prefill", "--monitor-every", "1"], "--monitor-every has no effect here"),
         "no picture": (["select", "--plot", "rows.txt"], "rows.txt"),
         "no folder for the picture": (["select", "--plot", "missing/rows.png"], "no folder"),
     }

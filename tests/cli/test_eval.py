@@ -123,6 +123,8 @@ def test_sweep(command: Command, plain_model: str, text_file: str, tmp_path: Pat
         ),
         (("sweep", "--text", "TEXT", "--label-bits", "4"), "a sweep goes by --labels; give it there"),
         (("sweep", "--text", "TEXT", "--prefetch", "exact"), "a sweep goes by --modes; give it there"),
+        (("ppl", "--text", "TEXT", "--monitor", "widen"), "--monitor widen has no effect here"),
+        (("retrieval", "--monitor-every", "8"), "--monitor-every has no effect here"),
         (("surprise",), "surprise"),
     ],
 )
