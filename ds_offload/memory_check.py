@@ -159,6 +159,9 @@ def _remedy(request: Request, limits: MemoryLimits, short: Shortage) -> str:
     if longest:
         each = " each" if request.batch > 1 else ""
         return f"shorten the prompt: at most {longest:,} tokens{each} fit, the answer counted{files}"
+    window = request.config.sink_tokens + request.config.recent_tokens
+    if window > request.context:
+        return f"lower sink_tokens and recent_tokens, together {window:,} and more than max_context={request.context:,}"
     return short.last_resort(request.config) + files
 
 

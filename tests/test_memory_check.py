@@ -135,6 +135,18 @@ def test_the_smallest_change_is_named(tmp_path: Path) -> None:
         check_request(gen.loaded, dataclasses.replace(gen.config, hot_set=1.2), [1000], [4000])
 
 
+def test_a_window_longer_than_the_context_is_named(tmp_path: Path) -> None:
+    """A smaller model would not help."""
+    save_tiny(tmp_path, tiny_config("llama"))
+    config = OffloadConfig(max_context=1024, recent_tokens=2**40)
+    said = r"; lower sink_tokens and recent_tokens, together 1,099,511,627,780 and more than max_context=1,024$"
+    with (
+        OffloadedGenerator.from_pretrained(str(tmp_path), config=config, device="cpu") as gen,
+        pytest.raises(MemoryPlanError, match=said),
+    ):
+        gen.generate(random_prompts(20)[0], max_new_tokens=1)
+
+
 @pytest.mark.gpu
 def test_gpu_memory_only_lowers_what_is_free(tmp_path: Path) -> None:
     save_tiny(tmp_path, tiny_config("llama"))
