@@ -8,12 +8,14 @@ from typing import Any
 
 from ds_offload.errors import InputError
 
+LONGEST_NAME = 255  # bytes, of Linux's file systems
+
 
 def check_path(value: Any, field: str) -> str:
     """`value` as the text of a path.
 
     Raises:
-        InputError: It is no text and no `os.PathLike` of a text, empty, or has a NUL character.
+        InputError: It is no text and no `os.PathLike` of a text, empty, or has a NUL character or too long a name.
     """
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else value
     if not isinstance(path, str):
@@ -22,6 +24,9 @@ def check_path(value: Any, field: str) -> str:
         raise InputError(f"{field}='' is empty; give a path, or leave it out")
     if "\0" in path:
         raise InputError(f"{field}={path!r:.60} has a NUL character, which no path has; give another one")
+    longest = max(len(os.fsencode(name)) for name in path.split(os.sep))
+    if longest > LONGEST_NAME:
+        raise InputError(f"{field}={path!r:.60} has a name of {longest} bytes; give one of at most {LONGEST_NAME}")
     return path
 
 

@@ -12,8 +12,15 @@ from session_case import DOCUMENT, make
 from ds_offload import InputError, OffloadConfig, OffloadedGenerator
 from ds_offload.given_path import given_path
 
-WRONG = {"number": 5, "flag": True, "bytes": b"book", "empty": "", "NUL": "bo\0ok"}
-SAID = {"number": "=5 is no path", "flag": "=True is no path", "bytes": "is no path", "empty": "is empty", "NUL": "NUL"}
+WRONG = {"number": 5, "flag": True, "bytes": b"book", "empty": "", "NUL": "bo\0ok", "long": "a" * 256}
+SAID = {
+    "number": "=5 is no path",
+    "flag": "=True is no path",
+    "bytes": "is no path",
+    "empty": "is empty",
+    "NUL": "NUL",
+    "long": "a name of 256 bytes",
+}
 
 
 @pytest.fixture(scope="module")
