@@ -124,10 +124,9 @@ class KVContext(ContextStores):
             kv_heads=decoder.kv_heads,
             device=decoder.device,
         )
-        # The new token's K/V of every layer: those of the store's, in its order, come first.
+        # The new token's K/V of every layer: the writer may still read one layer's while the next one's are made.
         new = (decoder.layers, sequences, decoder.kv_heads, 2, decoder.head_dim)
         self._new_rows = torch.zeros(new, dtype=rows.dtype, device=decoder.device)
-        self._row_of = {layer: n for n, layer in enumerate([*offloaded, *sorted(self._dense_layers)])}
 
     def __enter__(self) -> KVContext:
         return self
@@ -216,7 +215,7 @@ class KVContext(ContextStores):
             The rotated queries `[B, H, D]`.
         """
         dense = layer in self._dense_layers
-        rows = self._new_rows[self._row_of[layer]]
+        rows = self._new_rows[layer]
         labels = None if dense else self.labels.layer(layer)
         with self.streams.producing("rows", layer):
             query = new_token(
@@ -231,11 +230,11 @@ class KVContext(ContextStores):
         if dense:
             for sequence, store in enumerate(self._dense):
                 one = slice(sequence, sequence + 1)
-                store.append(step.positions[one], rows[None, one], layer)
+                store.append(layer, step.positions[one], rows[one])
             return query
         if self.window_buffer is None:
             # Attention reads the store in this step.
-            self.store.append(step.positions, rows[None], layer)
+            self.store.append(layer, step.positions, rows)
         self._give_to_writer(layer, rows, step.positions)
         return query
 
@@ -258,7 +257,7 @@ class KVContext(ContextStores):
             if stored:
                 with streams.producing("host_write", layer):
                     written = rows if self.codec is None else self.codec.encode_new(layer, rows)
-                    self.store.append(positions, written[None], layer)
+                    self.store.append(layer, positions, written)
 
     def attend(self, layer: int, query: Tensor, step: Step) -> Tensor:
         """Attention `[B, H, D]` of the current token's query `[B, H, D]` over what its layer keeps."""

@@ -10,28 +10,25 @@ from ds_offload.kernels.segment_table import SegmentTable, row_address
 from ds_offload.kernels.triton_runtime import launching, power_of_two, tl
 
 
-@step_kernel(do_not_specialize=["layer", "pairs", "segments"])
+@step_kernel(do_not_specialize=["layer", "segments"])
 def _append_kernel(
     addresses,
     positions,
     rows,
     layer,
-    pairs,
     heads,
     segments,
     SEGMENT_TOKENS: tl.constexpr,
     ROW_WORDS: tl.constexpr,
     WORDS_PAD: tl.constexpr,
 ):
-    """One program copies the row of one layer, sequence and KV head, as 4-byte words."""
+    """One program copies the row of one sequence and KV head, as 4-byte words."""
     follow()
     unit = tl.program_id(0) + tl.arange(0, 1)
-    pair = unit % pairs
-    layer += unit // pairs
-    b = pair // heads
+    b = unit // heads
     position = tl.load(positions + b)
     address = row_address(
-        addresses, b, pair % heads, position, position >= 0, layer, heads, segments, SEGMENT_TOKENS, ROW_WORDS * 4
+        addresses, b, unit % heads, position, position >= 0, layer, heads, segments, SEGMENT_TOKENS, ROW_WORDS * 4
     )
     word = tl.arange(0, WORDS_PAD)
     copied = (address != 0)[:, None] & (word < ROW_WORDS)[None, :]
@@ -40,18 +37,17 @@ def _append_kernel(
 
 
 def append_rows(table: SegmentTable, layer: int, positions: Tensor, rows: Tensor) -> None:
-    """Write one token's K/V row per layer, sequence and KV head into the store.
+    """Write one token's K/V row per sequence and KV head into a layer of the store.
 
     On CUDA one launch writes pinned memory directly; the rows are in host memory once
     an event recorded after it has completed.
 
     Args:
         table: Where the rows lie; the segment of each position exists.
-        layer: First layer to write.
+        layer: Of the table's, the one to write.
         positions: int64 [B] on the compute device, token number per sequence; below 0:
             skip the sequence.
-        rows: [N, B, Hkv, 2, D] of the table's dtype on the compute device: the rows of N
-            layers from `layer` on.
+        rows: [B, Hkv, 2, D] of the table's dtype on the compute device.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; on the CPU also a position
@@ -67,16 +63,15 @@ def append_rows(table: SegmentTable, layer: int, positions: Tensor, rows: Tensor
 
 
 def _launch(table: SegmentTable, layer: int, positions: Tensor, rows: Tensor) -> None:
-    layers, batch, kv_heads, _, dim = rows.shape
-    if layers * batch * kv_heads == 0:
+    batch, kv_heads, _, dim = rows.shape
+    if batch * kv_heads == 0:
         return
     words = 2 * dim * rows.element_size() // 4
-    _append_kernel[(layers * batch * kv_heads,)](
+    _append_kernel[(batch * kv_heads,)](
         table.addresses,
         positions.contiguous(),
-        rows.contiguous().view(layers, batch, kv_heads, 2 * dim).view(torch.int32),
+        rows.contiguous().view(batch, kv_heads, 2 * dim).view(torch.int32),
         layer,
-        batch * kv_heads,
         kv_heads,
         table.addresses.shape[1],
         SEGMENT_TOKENS=table.segment_tokens,
@@ -95,17 +90,16 @@ def append_rows_reference(table: SegmentTable, layer: int, positions: Tensor, ro
         segment, offset = divmod(position, table.segment_tokens)
         if segment >= len(table.tensors[b]):
             raise ValueError(f"sequence {b}: token {position} has no segment; it has {len(table.tensors[b])}")
-        table.tensors[b][segment][layer : layer + len(rows), :, offset].copy_(rows[:, b])
+        table.tensors[b][segment][layer, :, offset].copy_(rows[b])
 
 
 def _check_append(table: SegmentTable, layer: int, positions: Tensor, rows: Tensor) -> None:
-    if rows.dim() != 5 or rows.shape[3] != 2:
-        raise ValueError(f"rows {tuple(rows.shape)} must be [N, B, Hkv, 2, D]")
-    layers, batch, kv_heads, _, dim = rows.shape
+    if rows.dim() != 4 or rows.shape[2] != 2:
+        raise ValueError(f"rows {tuple(rows.shape)} must be [B, Hkv, 2, D]")
+    batch, kv_heads, _, dim = rows.shape
     if positions.dtype != torch.int64 or positions.shape != (batch,):
         raise ValueError(f"positions {positions.dtype} {tuple(positions.shape)} must be int64 ({batch},)")
-    for number in (layer, layer + max(0, layers - 1)):
-        table.check(number, batch, (kv_heads, dim), rows.dtype)
+    table.check(layer, batch, (kv_heads, dim), rows.dtype)
     for name, value in (("positions", positions), ("addresses", table.addresses)):
         if value.device != rows.device:
             raise ValueError(f"{name} on {value.device} must be on {rows.device} like the rows")

@@ -208,17 +208,12 @@ class KVStore:
         """
         self._exchange(layer, sequence, start, out, to_store=False)
 
-    def append(self, positions: Tensor, rows: Tensor, layer: int | None = None) -> None:
-        """Store tokens at `positions` `[B]` int64, on the current stream.
-
-        Args:
-            rows: `[N, B, Hkv, 2, D]` of the store's dtype, of every layer in order, or of `layer` alone.
-        """
-        first = 0 if layer is None else self._index[layer]
+    def append(self, layer: int, positions: Tensor, rows: Tensor) -> None:
+        """Store rows `[B, Hkv, 2, D]` of the store's dtype as tokens at `positions` `[B]` int64; see `append_rows`."""
         if self._staged is not None:
-            self._staged.append(first, positions, rows)
+            self._staged.append(self._index[layer], positions, rows)
         else:
-            append_rows(self.table, first, positions, rows)
+            append_rows(self.table, self._index[layer], positions, rows)
 
     def gather(
         self,

@@ -77,7 +77,7 @@ class StagedRows:
             stamp(timer[1])
 
     def append(self, layer: int, positions: Tensor, rows: Tensor) -> None:
-        """`append_rows` for all segments."""
+        """`append_rows` for all segments; `rows` `[B, Hkv, 2, D]`."""
         staged = self._pageable(positions[:, None, None])[:, 0, 0]
         append_rows(self._table, layer, positions.masked_fill(staged, -1), rows)
         at = positions.masked_fill(~staged, -1).cpu()

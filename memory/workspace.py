@@ -159,9 +159,8 @@ def decode_bytes(shape: CacheShape) -> int:
     attended *= shape.heads * shape.head_dim * shape.dtype.itemsize
     parts = _cuda_step(shape) if shape.cuda else _cpu_step(shape)
     if shape.layout is not None:
-        # The new rows of all layers, quantised.
-        new = (shape.layers - shape.dense_layers) * rows
-        parts = max(parts, new * shape.row_bytes + _codec_bytes(shape, new, 1, _ENCODED_BYTES))
+        # A layer's new rows, quantised by the writer beside the rest.
+        parts += rows * shape.row_bytes + _codec_bytes(shape, rows, 1, _ENCODED_BYTES)
     parts += max(_layer_bytes(shape, sequences), _dense_bytes(shape))
     if shape.cuda:
         # A captured step's memory is its own.

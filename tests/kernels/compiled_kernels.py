@@ -12,12 +12,13 @@ import pytest
 import torch
 from arriving_case import SCALING, make_arriving_case
 from product_cases import product_code
+from segment_case import store
 from skinny_linear_case import gated_case, linear_case
 from triton import JITFunction
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ds_offload.kernels import admit, coded_attention, select, skinny_linear, slot_attention
+from ds_offload.kernels import admit, append, coded_attention, select, skinny_linear, slot_attention
 from ds_offload.kernels.admit_state import AdmitState, result_for
 from ds_offload.kernels.product_code import launch_encode
 
@@ -144,7 +145,8 @@ def test_a_kernel_of_a_step_waits_before_it_touches_memory(
     scores = torch.zeros(1, 1, 4096, dtype=torch.int16)
     zero = torch.zeros(1, dtype=torch.int64)
     select._launch(scores, 4, zero, zero, 64, torch.zeros(1, 1, 64, dtype=torch.int64))
-    assert len(compiled) == 3
+    append._launch(store([1], 4, 2, 64, BF16), 1, zero, torch.zeros(1, 2, 2, 64, dtype=BF16))
+    assert len(compiled) == 4
     for name, kernel in compiled:
         body = kernel.asm["ptx"].partition(".entry")[2]
         touched = re.search(r"\b(ld\.global|st\.global|atom\.|red\.|cp\.async\.)", body)

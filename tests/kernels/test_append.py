@@ -25,32 +25,32 @@ def contents(table: SegmentTable) -> list[torch.Tensor]:
 def expected_contents(
     table: SegmentTable, layer: int, positions: tuple[int, ...], rows: torch.Tensor
 ) -> list[torch.Tensor]:
-    """What the store holds once `rows` [N, B, Hkv, 2, D] are appended to the layers from `layer` on."""
+    """What the store holds once `rows` [B, Hkv, 2, D] are appended to `layer`."""
     copies = iter(contents(table))
     result = []
     for b, segments in enumerate(table.tensors):
         for n in range(len(segments)):
             copy = next(copies)
             if positions[b] >= 0 and positions[b] // SIZE == n:
-                copy[layer : layer + len(rows), :, positions[b] % SIZE] = rows[:, b].cpu()
+                copy[layer, :, positions[b] % SIZE] = rows[b].cpu()
             result.append(copy)
     return result
 
 
-def new_rows(kv_heads: int, dim: int, dtype: torch.dtype, layers: int = 1) -> torch.Tensor:
+def new_rows(kv_heads: int, dim: int, dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator().manual_seed(99)
-    return torch.randn(layers, len(SEGMENTS), kv_heads, 2, dim, generator=generator).to(dtype)
+    return torch.randn(len(SEGMENTS), kv_heads, 2, dim, generator=generator).to(dtype)
 
 
 @pytest.mark.parametrize("append", [append_rows, append_rows_reference])
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kv_heads", "dim", "layers"), [(1, 1, 1), (3, 64, 2), (2, 5, 0)])
+@pytest.mark.parametrize(("kv_heads", "dim"), [(1, 1), (3, 64), (2, 5)])
 def test_rows_land_in_their_place(
-    append: Callable, kv_heads: int, dim: int, layers: int, dtype: torch.dtype, positions: tuple[int, ...]
+    append: Callable, kv_heads: int, dim: int, dtype: torch.dtype, positions: tuple[int, ...]
 ) -> None:
     table = store(SEGMENTS, SIZE, kv_heads, dim, dtype)
-    rows = new_rows(kv_heads, dim, dtype, layers)
+    rows = new_rows(kv_heads, dim, dtype)
     expected = expected_contents(table, 1, positions, rows)
     append(table, 1, torch.tensor(positions), rows)
     assert all(torch.equal(a, b) for a, b in zip(contents(table), expected, strict=True))
@@ -67,7 +67,7 @@ def test_strided_rows(append: Callable) -> None:
 
 def test_no_sequences() -> None:
     empty = SegmentTable([], torch.zeros(0, 1, dtype=torch.int64), SIZE)
-    append_rows(empty, 0, torch.zeros(0, dtype=torch.int64), torch.zeros(1, 0, 2, 2, 8))
+    append_rows(empty, 0, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2, 2, 8))
 
 
 @pytest.mark.parametrize(
@@ -77,10 +77,9 @@ def test_no_sequences() -> None:
         ({"positions": torch.tensor([0, 0, 0])}, "positions .* must be int64"),
         ({"positions": torch.zeros(4, dtype=torch.int32)}, "positions .* must be int64"),
         ({"layer": LAYERS}, "layer=3"),
-        ({"rows": torch.zeros(4, 2, 2, 8)}, r"must be \[N, B, Hkv, 2, D\]"),
-        ({"rows": torch.zeros(1, 4, 2, 2, 8).half()}, "the rows need torch.float16"),
-        ({"rows": torch.zeros(4, 4, 2, 2, 8)}, "layer=3"),
-        ({"rows": torch.zeros(1, 3, 2, 2, 8), "positions": torch.zeros(3, dtype=torch.int64)}, "the table has 4"),
+        ({"rows": torch.zeros(1, 4, 2, 2, 8)}, r"must be \[B, Hkv, 2, D\]"),
+        ({"rows": torch.zeros(4, 2, 2, 8).half()}, "the rows need torch.float16"),
+        ({"rows": torch.zeros(3, 2, 2, 8), "positions": torch.zeros(3, dtype=torch.int64)}, "the table has 4"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict, message: str) -> None:
@@ -88,7 +87,7 @@ def test_wrong_arguments_are_named(change: dict, message: str) -> None:
         "table": store(SEGMENTS, SIZE, 2, 8, torch.float32),
         "layer": 0,
         "positions": torch.zeros(4, dtype=torch.int64),
-        "rows": torch.zeros(1, 4, 2, 2, 8),
+        "rows": torch.zeros(4, 2, 2, 8),
     }
     append_rows(**arguments)
     with pytest.raises(ValueError, match=message):
@@ -103,10 +102,10 @@ def test_triton_kernel_in_the_interpreter(interpret: Callable[[str], None]) -> N
 @pytest.mark.parametrize("where", ["pinned", "device"])
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("kv_heads", "dim", "layers"), [(1, 1, 1), (3, 64, 2), (2, 5, 1), (1, 128, 2)])
-def test_cuda(where: str, kv_heads: int, dim: int, layers: int, dtype: torch.dtype, positions: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("kv_heads", "dim"), [(1, 1), (3, 64), (2, 5), (1, 128)])
+def test_cuda(where: str, kv_heads: int, dim: int, dtype: torch.dtype, positions: tuple[int, ...]) -> None:
     table = store(SEGMENTS, SIZE, kv_heads, dim, dtype, device="cuda", where=where)
-    rows = new_rows(kv_heads, dim, dtype, layers).cuda()
+    rows = new_rows(kv_heads, dim, dtype).cuda()
     expected = expected_contents(table, 1, positions, rows)
     on_device = torch.tensor(positions).cuda()
     torch.cuda.set_sync_debug_mode("error")

@@ -123,7 +123,7 @@ def test_cuda(bits: int, dim: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_new_rows_of_all_layers_and_strided_rows() -> None:
+def test_cuda_strided_rows_of_three_dimensions() -> None:
     code = make_code(4, 80, 3, 1, 2, device="cuda")
     rows = make_rows(code, (3, 5, 2), BF16, "cuda")
     wide = torch.zeros(3, 5, 4, 2, 80, dtype=BF16, device="cuda")

@@ -146,7 +146,7 @@ def test_a_store_gives_back_what_was_written(dtype: torch.dtype) -> None:
         for number, layer in enumerate((0, 2)):
             store.write_prompt(layer, 0, 0, rows[number, :, :50])
             store.write_prompt(layer, 0, 50, rows[number, :, 50:length])
-        store.append(torch.tensor([length], device=CUDA), rows[:, None, :, -1])
+            store.append(layer, torch.tensor([length], device=CUDA), rows[number, None, :, -1])
         out = torch.zeros_like(rows[0])
         for number, layer in enumerate((0, 2)):
             store.read(layer, 0, 0, out)
