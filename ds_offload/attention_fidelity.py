@@ -51,6 +51,7 @@ class FidelitySums:
         self._values: dict[str, list[list[float]]] = {name: [[] for _ in range(layers)] for name in FIGURES}
 
     def add(self, layer: int, fidelity: AttentionFidelity) -> None:
+        """Count one comparison of a layer in; figures that it does not have are left out."""
         self.comparisons += 1
         for name, layers in self._values.items():
             value = getattr(fidelity, name)

@@ -66,6 +66,7 @@ class Sequence:
         return piece if self.finish_reason is None else piece + self.stream.finish()
 
     def output(self, stats: dict[str, Any]) -> GenerationOutput:
+        """What came out, once `finish_reason` is there; with a copy of `stats`."""
         assert self.finish_reason is not None
         logits = torch.stack(self.logits) if self.logits else None
         return GenerationOutput(

@@ -57,7 +57,7 @@ class PrefillIdentity:
         return cls(digest, fingerprint(model), dtype_name(model.dtype), kv_dtype, rope, caches, len(ids), layers)
 
     def differences(self, found: PrefillIdentity) -> str:
-        """What of another prefill differs: "prompt (900 tokens, and this one has 901), kv_dtype (bf16, here fp32)"."""
+        """What of another prefill differs: "prompt (900 tokens, here 901 tokens), kv_dtype (bf16, here fp32)"."""
         there, here = asdict(found), asdict(self)
         named = []
         for field in ("prompt", "model", "dtype", "kv_dtype", "rope", "caches"):

@@ -62,6 +62,7 @@ def squares_tile(x, k, column, n, K: tl.constexpr, BLOCK_K: tl.constexpr, COLUMN
 
 @jit
 def silu(value):
+    """x * sigmoid(x) of float32."""
     return value / (1.0 + tl.exp(-value))
 
 

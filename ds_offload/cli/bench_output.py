@@ -89,6 +89,7 @@ def _build_output(values: dict[str, Any]) -> Output:
 
 
 def count_samples(output: Output, device: torch.device) -> int:
+    """Samples of each time: those asked for, else as many as suit the device; InputError for what is no count."""
     from ds_offload.bench.sizes import parse_count
 
     return SAMPLES[device.type] if output.samples is None else parse_count(output.samples, "samples")

@@ -98,6 +98,7 @@ class Texts:
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> Texts:
+        """The files of `--text`, read; InputError where none was given or one cannot be read."""
         files = values.get("text")
         if not files:
             raise InputError("no text was given; give --text FILE, a text longer than the context")
