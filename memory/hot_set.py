@@ -164,7 +164,6 @@ class HotSet:
             for field in fields(AdmitState):
                 getattr(self._state[layer], field.name).copy_(getattr(state, field.name))
         self._stamps.copy_(other._stamps)
-        self._recent.copy_(other._recent)
 
     def admit(
         self,

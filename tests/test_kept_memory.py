@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,16 @@ def keep(gen: OffloadedGenerator, blocks: int) -> None:
         gen.kept.put(HostBlock.map(BlockLayout(MIB), CPU))
 
 
+def failing(error: type[BaseException]) -> Callable[[str, int, int], None]:
+    """A progress callback that raises `error` at the first decode step."""
+
+    def fail(phase: str, done: int, total: int) -> None:
+        if phase == "decode":
+            raise error
+
+    return fail
+
+
 def test_what_is_kept_may_be_taken() -> None:
     free = memory_limits(OffloadConfig(), CPU).host
     assert memory_limits(OffloadConfig(), CPU, kept=free).host == pytest.approx(2 * free, rel=0.2)
@@ -57,6 +68,21 @@ def test_a_call_leaves_no_more_than_its_plan_allows(tmp_path: Path, monkeypatch:
         gen.plan_call([100], [101])
         assert gen.kept.nbytes == 3 * MIB
     assert gen.kept.nbytes == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_what_is_kept_stays_behind_a_stream_closed_early_and_goes_after_an_error(
+    error: type[BaseException], tmp_path: Path
+) -> None:
+    with make(tmp_path, "cpu") as gen:
+        keep(gen, 2)
+        streamed = gen.stream(IDS, max_new_tokens=4)
+        next(streamed)
+        streamed.close()  # type: ignore[attr-defined]
+        assert gen.kept.nbytes == 2 * MIB
+        with pytest.raises(error):
+            gen.generate(IDS, max_new_tokens=4, on_progress=failing(error))
+        assert gen.kept.nbytes == 0
 
 
 @pytest.mark.gpu
@@ -95,14 +121,10 @@ def test_a_second_call_takes_no_memory(managed: bool, tmp_path: Path, request: p
 @pytest.mark.gpu
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_after_an_error_nothing_is_kept(error: type[BaseException], tmp_path: Path) -> None:
-    def fail(phase: str, done: int, total: int) -> None:
-        if phase == "decode":
-            raise error
-
     with make(tmp_path, "cuda") as gen:
         expected = gen.generate(IDS, max_new_tokens=4).token_ids
         assert gen.kept.nbytes > 0
         with pytest.raises(error):
-            gen.generate(IDS, max_new_tokens=4, on_progress=fail)
+            gen.generate(IDS, max_new_tokens=4, on_progress=failing(error))
         assert gen.kept.nbytes == 0
         assert gen.generate(IDS, max_new_tokens=4).token_ids == expected
