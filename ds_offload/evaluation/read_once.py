@@ -66,7 +66,7 @@ class Answerer:
     def answer(
         self, ids: list[int], limit: int, logits: torch.Tensor, on_progress: ProgressCallback | None = None
     ) -> GenerationOutput:
-        """At most `limit` tokens behind the prompt `ids`, which was read or copied, from the logits `[vocab]` of its last."""
+        """At most `limit` tokens behind the prompt `ids`, which was read or copied; `logits` `[vocab]` of its last."""
         sequence = Sequence(ids, limit, SamplingParams(max_new_tokens=limit), self._loaded)
         statistics = self._statistics
         sequence.take(logits, False)
