@@ -126,12 +126,14 @@ def test_segments_are_begun_together_and_waited_for_layer_by_layer() -> None:
 def test_segments_that_turn_pageable_lose_their_address() -> None:
     class Refused(PinnedPool):
         turned: tuple[int, ...] = ()
+        asked = 0
 
         @property
         def refusals(self) -> int:
             return len(self.turned)
 
         def left_pageable(self, block: torch.Tensor) -> bool:
+            self.asked += 1
             return block.data_ptr() in self.turned
 
     with Refused(CPU) as pool:
@@ -142,6 +144,9 @@ def test_segments_that_turn_pageable_lose_their_address() -> None:
         assert not store.staged
         store.reserve(0, 29, layer=2)
         assert store.staged
+        asked = pool.asked
+        store.reserve(0, 29)
+        assert pool.asked == asked, "every segment is looked at once a refusal"
         assert [bool(address) for address in store.table.addresses[0, :4]] == [True, False, False, True]
         store.write_prompt(2, 0, 0, rows * 2)
         out = torch.empty(1, HEADS, 29, 2, DIM)
@@ -250,3 +255,14 @@ def test_stores_that_share_segments_write_their_own(location: str, length: int) 
                 assert torch.equal(out, rows)
         second.read(2, 0, 0, out)
         assert not out.any()
+
+
+def test_a_segments_own_copy_is_waited_for() -> None:
+    with LayerByLayer() as pool, LayerByLayer() as other_pool:
+        first = make([29], pool)
+        second = make([0], other_pool)
+        second.share(first, 0, 2 * SEGMENT)
+        assert other_pool.begun == [] and other_pool.waited == []
+        second.unshare(0, SEGMENT)
+        assert other_pool.begun == [1] and other_pool.waited == [None]
+        assert second.shares(0, SEGMENT - 1) and not second.shares(0, SEGMENT)
