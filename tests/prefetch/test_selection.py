@@ -95,6 +95,23 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_share(groups: int) -> Non
     assert weights[kept].sum() + forced - weights[kept].min() < 0.6
 
 
+def test_top_p_keeps_no_more_than_the_cap_of_each_sequence() -> None:
+    labels, _ = make_labels([80, 50], 1)
+    query = torch.zeros(2, 2, HEAD_DIM)
+    step = make_step([80, 50], [20, 7], AttentionWindow(0, 0))
+    selection = Selector(labels, AttentionWindow(0, 0), 0.25, top_p=[0.99]).select(0, query, step)
+    assert selection.keep.tolist() == [[20], [7]]
+    assert (selection.tokens >= 0).sum(-1).tolist() == [[20], [7]]
+
+
+def test_top_p_keeps_nothing_beyond_what_reaches_the_share() -> None:
+    labels, _ = make_labels([5], 1)
+    weights = torch.tensor([[[0.25, 0.5, 0.125, 0.125, 0.0]]])
+    selector = Selector(labels, AttentionWindow(1, 0), 1.0)
+    for share, needed in ((0.25, 0), (0.26, 1), (0.75, 1), (0.8, 2), (0.875, 2)):
+        assert selector._needed(weights, torch.tensor([4]), share).tolist() == [[needed]]
+
+
 @pytest.mark.parametrize("top_p", [None, [0.6]])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_first_token_selects_nothing(groups: int, top_p: list[float] | None) -> None:
