@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from generator_case import make
 from tiny_models import random_prompts
@@ -47,3 +48,22 @@ def test_a_closed_context_lets_go_of_what_attention_left(tiny_llama: Path) -> No
             heads = gen.decoder.heads, gen.decoder.head_dim
             assert shapes == {0: (1, *heads), 2: (1, *heads)}
         assert not context.attended
+
+
+@pytest.mark.parametrize(
+    ("changes", "reuse", "everything"),
+    [({"hot_set": 0}, False, False), ({"hot_set": 1}, True, False), ({"token_budget": "1/1"}, True, True)],
+)
+def test_what_the_settings_come_to(changes: dict[str, Any], reuse: bool, everything: bool, tiny_llama: Path) -> None:
+    with make(tiny_llama, **{"token_budget": 24} | changes) as gen, context_of(gen, [200]) as context:
+        assert context.hot_set is not None and context.hot_set.reuse == reuse
+        assert context.scheduler.selector.everything == everything
+
+
+def test_dense_layers_of_unequal_sequences_attend_to_their_own_tokens_alone(tiny_llama: Path) -> None:
+    prompts = random_prompts(90, 30)
+    with make(tiny_llama, token_budget="1/1", dense_layers=(0, 1, 2)) as gen:
+        both = gen.generate(prompts, max_new_tokens=4, output_logits=True)
+        for out, prompt in zip(both, prompts, strict=True):
+            alone = gen.generate(prompt, max_new_tokens=4, output_logits=True)
+            torch.testing.assert_close(out.logits, alone.logits, rtol=1e-4, atol=1e-5)

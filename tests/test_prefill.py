@@ -70,6 +70,18 @@ def test_rows_wait_on_the_device_for_their_own_layer_alone(
     assert list(dict.fromkeys(events)) == expected_events
 
 
+@pytest.mark.usefixtures("small")
+def test_a_piece_is_written_before_the_next_reads_it_back_wherever_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny(tmp_path, tiny_config("llama"))
+    ids = random_prompts(LENGTH)[0]
+    with make(tmp_path) as gen:
+        whole = run(gen, ids, [])
+        monkeypatch.setattr(KVContext, "has_room", lambda *_: False)
+        run(gen, ids, [], streamed=True).check(whole)
+
+
 CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "one query head a KV head": ("llama", 4, {}, {}),
     "one KV head": ("llama", 1, {}, {}),

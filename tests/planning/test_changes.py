@@ -11,7 +11,16 @@ import pytest
 
 from ds_offload.cli.config_options import build_config
 from ds_offload.config import HOT_SETS, OffloadConfig
-from ds_offload.planning.changes import LONGEST, disk_instead, find_changes, fits, kv_dir_hint, longest_context, settle
+from ds_offload.planning.changes import (
+    LONGEST,
+    _flags,
+    disk_instead,
+    find_changes,
+    fits,
+    kv_dir_hint,
+    longest_context,
+    settle,
+)
 from ds_offload.planning.report import find_source, resolve_request
 from ds_offload.planning.request import MemoryLimits, Request, host_total, memory_text
 
@@ -196,3 +205,15 @@ def test_a_sliding_window_bounds_the_longest_context() -> None:
     source.config.sliding_window = 4096
     asked = resolve_request(source, OffloadConfig(max_context=1024), 1, True)
     assert longest_context(asked, MemoryLimits(1 << 50, 1 << 50)) == 4096
+
+
+def test_a_disk_that_is_short_leaves_the_hot_set_as_large_as_the_device_holds() -> None:
+    asked = request(hot_set=None, kv_dir=".")
+    room = dataclasses.replace(limits_of(asked.of(hot_set=2)), disk=1 << 50)
+    assert settle(asked, room).config.hot_set == settle(asked, dataclasses.replace(room, disk=1)).config.hot_set
+    assert settle(asked, room).config.hot_set > HOT_SETS[-1]
+
+
+def test_contexts_are_written_in_thousands_where_they_are_whole_ones() -> None:
+    assert _flags({"max_context": 2048}) == ["--ctx 2k"]
+    assert _flags({"max_context": 1500, "hot_set": 1.0}) == ["--ctx 1500", "--hot-set 1"]
