@@ -15,6 +15,7 @@ import pytest
 from tiny_models import random_prompts, save_tiny, tiny_config
 
 from ds_offload import OffloadConfig, OffloadedGenerator
+from ds_offload.prefill_checkpoint import PrefillCheckpoint
 
 LENGTH, LAYERS, NEW = 90, 5, 8
 IDS = random_prompts(LENGTH)[0]
@@ -84,6 +85,29 @@ def test_a_killed_process_is_gone_on_with_by_the_next(at: str, layers: int, mode
     if layers:
         assert started[0] == LENGTH * layers // LAYERS
     assert out.token_ids == expected
+    assert list(folder.iterdir()) == []
+
+
+def test_what_was_killed_in_its_first_write_has_kept_nothing_and_stands_in_no_ones_way(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "kept"
+    child = run_child(CHILD, str(model), str(folder), "layer-0000", " ".join(map(str, IDS)))
+    child.communicate(timeout=120)
+    assert child.returncode == -signal.SIGKILL and (folder / "prefill.json").exists()
+    monkeypatch.setattr("ds_offload.prefill_checkpoint.EVERY_S", 0.0)
+    saved: list[int] = []
+    save = PrefillCheckpoint.save
+
+    def saving(self: PrefillCheckpoint, *given: Any) -> None:
+        saved.append(given[-1])
+        save(self, *given)
+
+    monkeypatch.setattr(PrefillCheckpoint, "save", saving)
+    with make(model) as gen:
+        gen.generate(IDS[::-1], max_new_tokens=NEW, checkpoint=folder)
+    # Behind the last layer nothing is left to go on with.
+    assert saved == list(range(1, LAYERS))
     assert list(folder.iterdir()) == []
 
 
