@@ -17,7 +17,7 @@ from tiny_models import random_prompts, save_tiny, tiny_config
 from ds_offload import InputError, OffloadedGenerator
 from ds_offload.errors import LoadError
 from ds_offload.sealed_json import seal, unseal
-from ds_offload.session_header import SessionHeader, tokenizer_fingerprint
+from ds_offload.session_header import SessionHeader, calibration_digest, tokenizer_fingerprint
 from ds_offload.session_place import HEADER
 
 
@@ -30,6 +30,23 @@ def test_codes_are_of_their_calibration(tiny_llama: Path, tmp_path: Path) -> Non
     other = make(tiny_llama, kv_dtype="int8", calibration=str(tmp_path / "other.safetensors"))
     with other as gen, pytest.raises(InputError, match="another calibration than"):
         gen.load_session(tmp_path / "book")
+
+
+def test_a_calibration_is_told_by_all_that_labels_are_made_by(tiny_llama: Path) -> None:
+    with make(tiny_llama) as gen:
+        gen.prefill(DOCUMENT).close()
+        made = gen.calibrated([])
+    assert made.codes is not None
+    others = [
+        dataclasses.replace(made, channels=made.channels.flip(-1)),
+        dataclasses.replace(made, key_mean=made.key_mean + 1),
+        dataclasses.replace(made, codes=None),
+    ]
+    digests = {calibration_digest(one, False) for one in (made, *others)}
+    assert len(digests) == 4
+    rescaled = dataclasses.replace(made, key_factor=made.key_factor * 2)
+    assert calibration_digest(rescaled, False) == calibration_digest(made, False)
+    assert calibration_digest(rescaled, True) != calibration_digest(made, True)
 
 
 def test_the_format_before_is_read(tiny_llama: Path, saved_session: Path) -> None:

@@ -34,8 +34,8 @@ def settle(request: Request, limits: MemoryLimits) -> Request:
     """The request with a K/V dtype and a hot set where they were left open.
 
     The dtype is the first of the model's own, int8 and int4 with which it fits at all, else
-    the last. The hot set is the largest of `HOT_SETS` that fits, else the least; a larger one
-    is no reason to stream the prefill, where it need not be.
+    the last. The hot set is the largest of `HOT_SETS` that fits, else the least. It is never
+    there beside a prompt's workspace, so it decides nothing about streaming the prefill.
     """
     if request.config.kv_dtype == "auto":
         stored = _stored_as(request)
@@ -43,11 +43,7 @@ def settle(request: Request, limits: MemoryLimits) -> Request:
     if request.config.hot_set is not None:
         return request
     choices = [request.of(hot_set=multiple) for multiple in HOT_SETS]
-    for streamed in (False, True):
-        for choice in choices:
-            if _device_holds(choice, limits, streamed):
-                return choice
-    return choices[-1]
+    return next((choice for choice in choices if _device_holds(choice, limits)), choices[-1])
 
 
 def _stored_as(request: Request) -> list[Request]:
@@ -55,9 +51,9 @@ def _stored_as(request: Request) -> list[Request]:
     return [request.of(kv_dtype=name) for name in (dtype_name(request.source.dtype), *QUANTISED_BITS)]
 
 
-def _device_holds(request: Request, limits: MemoryLimits, streamed: bool) -> bool:
+def _device_holds(request: Request, limits: MemoryLimits) -> bool:
     """Whether what grows with the hot set fits: a store too large for the host is none of its business."""
-    short = limits.shortage(request.plan(limits.gpu if streamed else None))
+    short = limits.shortage(request.plan(limits.gpu))
     return short is None or short.place == "disk" or (limits.gpu is not None and short.place == "host memory")
 
 
