@@ -76,10 +76,7 @@ class Calibration:
         tokens: int,
         text: str,
     ) -> Calibration:
-        """The calibration with channels ranked by `importance` `[L, Hkv, D]`, ties by channel number.
-
-        The rest is as the attributes say; factors are 1 without any.
-        """
+        """The calibration with channels ranked by `importance`, ties by channel number; factors are 1 without any."""
         importance = importance.float().cpu()
         channels = importance.sort(dim=-1, descending=True, stable=True).indices
         factor = torch.ones_like(importance) if key_factor is None else key_factor.float().cpu()
