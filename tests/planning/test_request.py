@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from ds_offload.config import OffloadConfig, TokenBudget
 from ds_offload.planning.report import find_source, resolve_request
-from ds_offload.planning.request import Shortage
+from ds_offload.planning.request import MemoryLimits, Shortage, host_total
 
 
 def test_sequences_of_one_length_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,3 +32,14 @@ def test_the_last_resort_is_where_the_limit_comes_from() -> None:
     assert Shortage("GPU memory", 201, 200).last_resort(given) == "raise gpu_memory, or choose a smaller model"
     assert Shortage("host memory", 101, 99).last_resort(given) == "choose a smaller model"
     assert Shortage("host memory", 101, 100).last_resort(OffloadConfig()) == "choose a smaller model"
+
+
+def test_what_takes_all_there_is_fits_and_a_byte_more_does_not() -> None:
+    asked = resolve_request(find_source("llama-2-7b", "auto", "auto", None), OffloadConfig(kv_dir="."), 1, True)
+    plan = asked.plan()
+    host = host_total(plan, True)
+    exact = MemoryLimits(plan.gpu_total, host, plan.disk_kv)
+    assert exact.shortage(plan) is None
+    short = [dataclasses.replace(exact, **{name: getattr(exact, name) - 1}) for name in ("gpu", "host", "disk")]
+    found = [limits.shortage(plan) for limits in short]
+    assert [one.place for one in found if one is not None] == ["GPU memory", "host memory", "disk"]
