@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from session_case import DOCUMENT, QUESTIONS, ask, make, tree
 
-from ds_offload import open_session
+from ds_offload import InputError, open_session
 from ds_offload.session import Session
 from ds_offload.session_file import verify_session
 from ds_offload.session_header import SessionHeader
@@ -123,3 +123,15 @@ def test_a_session_that_is_replaced_while_it_loads_is_loaded(
         monkeypatch.setattr(open_session, "read_session", replaced)
         with gen.load_session(saved_session) as loaded:
             assert len(loaded.token_ids) == 50 and calls == [150, 50]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "layer-1.safetensors", "labels.safetensors.bak"])
+def test_a_folder_that_holds_other_things_too_is_not_removed(name: str, saved_session: Path) -> None:
+    (saved_session / name).write_text("mine")
+    before = tree(saved_session)
+    with pytest.raises(InputError, match=rf"holds {name}, which is not the session's; move that away first"):
+        remove_session(saved_session)
+    assert tree(saved_session) == before
+    (saved_session / name).unlink()
+    remove_session(saved_session)
+    assert not saved_session.exists()
