@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from ds_offload.adapter import change_config, merge_adapter
 from ds_offload.aliases import ALIASES, LONG_MODEL, SHIPPED_MODELS
@@ -30,12 +25,11 @@ from ds_offload.gguf_rope import take_rope_scaling
 from ds_offload.hub import THREE_WAYS, hub_folder, is_hub_id
 from ds_offload.model_shape import ModelShape
 from ds_offload.notices import warn
+from ds_offload.quiet_transformers import quiet_transformers
 from ds_offload.rope_scaling import apply_rope_scaling
 
 # What makes the default model the long one.
 ADAPTER = Path(__file__).parent / "data" / LONG_MODEL
-# transformers replaces parts of itself and of torch while it loads; a thread that loads meanwhile misses weights.
-_TRANSFORMERS = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -79,23 +73,6 @@ class LoadedModel:
     device: torch.device
     eos_token_ids: frozenset[int]
     fingerprint: str
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Only errors from transformers, and its progress bars (on stderr) only on a terminal; one thread at a time."""
-    with _TRANSFORMERS:
-        verbosity = transformers_logging.get_verbosity()
-        bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        if not sys.stderr.isatty():
-            transformers_logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-            if bars:
-                transformers_logging.enable_progress_bar()
 
 
 def _looks_like_path(name: str) -> bool:
@@ -184,7 +161,7 @@ def find_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"dtype={dtype!r} must be one of auto, {', '.join(DTYPES)}")
     dummy = load_format == "dummy"
-    with _quiet_transformers():
+    with quiet_transformers():
         location, config = _locate(name, dummy)
         config.name_or_path = name
         if getattr(config, "head_dim", 0) is None:
@@ -259,7 +236,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | ByteTokeniz
     """
     if source.load_format == "dummy":
         return ByteTokenizer(source.shape.vocab_size) if source.shape.vocab_size >= BYTES else None
-    with _quiet_transformers():
+    with quiet_transformers():
         if source.location.endswith(".gguf"):
             return read_gguf_tokenizer(Path(source.location), source.config)
         tokenizer = read_tokenizer(_checkpoint_folder(source))
@@ -284,7 +261,7 @@ def load_weights(
         LoadError: Weights or a tokenizer that are missing, truncated or of another model.
     """
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(source)
-    with _quiet_transformers():
+    with quiet_transformers():
         if source.load_format == "dummy":
             model = build_dummy(source.config, source.dtype, device)
             return LoadedModel(source, model, tokenizer, model.device, frozenset(), fingerprint(model))
