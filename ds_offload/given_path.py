@@ -26,7 +26,7 @@ def check_path(value: Any, field: str) -> str:
         raise InputError(f"{field}={path!r:.60} has a NUL character, which no path has; give another one")
     longest = max(len(os.fsencode(name)) for name in path.split(os.sep))
     if longest > LONGEST_NAME:
-        raise InputError(f"{field}={path!r:.60} has a name of {longest} bytes; give one of at most {LONGEST_NAME}")
+        raise InputError(f"{field}={path!r} is too long: a name in it has {longest} bytes; give at most {LONGEST_NAME}")
     return path
 
 

@@ -98,7 +98,7 @@ def test_a_header_that_names_a_file_elsewhere_is_damaged(gen: OffloadedGenerator
 
 
 def test_no_folder_is_none(gen: OffloadedGenerator) -> None:
-    with gen, pytest.raises(InputError, match="checkpoint='' is empty; give a folder"):
+    with gen, pytest.raises(InputError, match="checkpoint='' is empty; give a path"):
         gen.generate([1, 2, 3], max_new_tokens=1, checkpoint="")
 
 

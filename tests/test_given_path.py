@@ -19,7 +19,7 @@ SAID = {
     "bytes": "is no path",
     "empty": "is empty",
     "NUL": "NUL",
-    "long": "a name of 256 bytes",
+    "long": "has 256 bytes",
 }
 
 

@@ -153,7 +153,10 @@ def test_sixty_four_tokens_are_enough(
         (["--out", "."], "cannot write .: it is not a regular file"),
         (["--out", "no/such/folder/c"], "there is no folder no/such/folder"),
         # Refused before a model is looked for.
-        (["--out", "c" * 300, "--model", "no-such-model"], f"cannot write {'c' * 300}: File name too long; give"),
+        (
+            ["--out", "c" * 300, "--model", "no-such-model"],
+            f"out='{'c' * 300}' is too long: a name in it has 300 bytes; give",
+        ),
         (["--model", "no-such-model"], "no-such-model"),
         (["--device", "tpu"], "device='tpu' is unknown"),
         (["--load-format", "dummy"], "not kept in the cache; give --out FILE"),
