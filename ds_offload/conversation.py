@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,23 @@ from ds_offload.statistics import RunStatistics
 
 if TYPE_CHECKING:
     from ds_offload.generator import OffloadedGenerator
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What it takes to go back to before a turn that joined the conversation.
+
+    Attributes:
+        common: Tokens from the beginning on that the turn left as they were.
+        rest: Those behind them that it replaced: the last ones of a document, if any.
+        stored: Tokens whose K/V it left as they were.
+        budget: The context's budget state of that time.
+    """
+
+    common: int
+    rest: list[int]
+    stored: int
+    budget: Any
 
 
 class Conversation:
@@ -54,6 +72,8 @@ class Conversation:
         self._generator = generator
         self._config = config
         self._plan = plan
+        # Those that can be taken back, the newest last.
+        self._turns: list[Turn] = []
         # Its CUDA graph serves every answer from this context.
         self._loop: DecodeLoop | None = None
         # Whether something has begun and not ended that an error or Ctrl-C leaves half done: slots count as filled
@@ -76,7 +96,9 @@ class Conversation:
     def fork(self, context: KVContext, plan: MemoryPlan) -> Conversation:
         """The same conversation over `context`, which is new and of the same shape, and which it owns."""
         copy_context(context, self.context, self.stored)
-        return Conversation(self._generator, self._config, context, plan, self.token_ids, self.stored)
+        other = Conversation(self._generator, self._config, context, plan, self.token_ids, self.stored)
+        other._turns = list(self._turns)
+        return other
 
     @torch.no_grad()
     def answer(
@@ -93,7 +115,8 @@ class Conversation:
         statistics = RunStatistics(self._generator.decoder, self._config)
         statistics.begin(self._plan)
         # A question may begin with characters that make other tokens of the document's last ones.
-        start = min(self.stored, common_tokens(before, ids), len(ids) - 1)
+        common = common_tokens(before, ids)
+        start = min(self.stored, common, len(ids) - 1)
         if start < self.stored:
             self.forget(start)
         self.read_window(ids)
@@ -116,12 +139,30 @@ class Conversation:
         finally:
             self.answering = False
             if prefilled and keep:
+                self._turns.append(Turn(common, before[common:], start, budget))
                 self.token_ids = ids + sequence.tokens
                 self._unsettled = not settled
             elif not self.closed:
                 self.context.budget_state = budget
                 self.forget(start, window)
         return statistics.summary() | {"prefilled_tokens": len(ids) - start}
+
+    @torch.no_grad()
+    def undo(self) -> bool:
+        """Go back to before the last turn; False where none was taken since the conversation was made.
+
+        Whatever interrupts it leaves the conversation as it was, or as it is behind it.
+        """
+        if not self._turns:
+            return False
+        turn = self._turns[-1]
+        if self._unsettled:
+            self._loop = None
+        self.context.budget_state = turn.budget
+        self.forget(turn.stored)
+        self.token_ids = self.token_ids[: turn.common] + turn.rest
+        self._turns.pop()
+        return True
 
     def read_window(self, ids: list[int]) -> None:
         """Read the recent ones of the stored tokens again where the window has lost them; `ids` begin with those.

@@ -25,7 +25,7 @@ _QUESTION = "one text, or one list of token ids"
 
 @dataclass(frozen=True)
 class DocumentPrompt:
-    """Where questions go behind a document that was given as text.
+    """Where questions go behind a document that was given as text, or the first message where there is none.
 
     The prompt is that of `document_prompt` (ds_offload/prompts.py): tokenised as a whole it
     gives the same ids as `ids` of the document and the question, which tokenises the end alone.
@@ -33,7 +33,7 @@ class DocumentPrompt:
     Attributes:
         tail: The end of the prompt's text, up to the end of the document.
         before: Tokens that stand before the tail's; 0 where the tail is all of it.
-        sha256: Of the document's text, in hex.
+        sha256: Of the document's text, in hex; "" where a conversation begins without a document.
     """
 
     tail: str
@@ -62,11 +62,48 @@ class DocumentPrompt:
         whole = cls(text, 0, hashlib.sha256(document.encode()).hexdigest())
         first = whole.ids([], _PROBES[0], tokenizer)
         prompt = whole._shortened(first, tokenizer) or whole
-        others = (prompt.ids(first, question, tokenizer) for question in _PROBES[1:])
-        ids = first[: min(common_tokens(first, other) for other in others)]
+        ids = prompt._shared(first, tokenizer)
         if not ids:
             raise InputError("the document has no token of its own; give a longer one")
         return prompt, ids
+
+    @classmethod
+    def opening(cls, tokenizer: Any, system: str | None = None) -> tuple[DocumentPrompt, list[int]]:
+        """What the chat template puts before the first message of a conversation, and its tokens.
+
+        Args:
+            system: The text of a system message that comes first; None leaves it to the template.
+
+        Raises:
+            InputError: No tokenizer, no chat template, one that refuses the system message or begins with the message.
+        """
+        if tokenizer is None:
+            raise InputError(
+                "a conversation needs a tokenizer, and this model's folder has none; put tokenizer.json into the folder"
+            )
+        if not has_chat_template(tokenizer):
+            raise InputError(
+                "a conversation needs a chat template, and this model has none; give a document, or another model"
+            )
+        messages = [{"role": "user", "content": _MARK}]
+        if system is not None:
+            check_text(system, "the system message")
+            messages.insert(0, {"role": "system", "content": system})
+        prompt = cls(_around(render_messages(messages, tokenizer).rpartition(_MARK))[0], 0, "")
+        if system is not None and system.strip() not in prompt.tail:
+            raise InputError("the model's chat template leaves the system message out; leave it out, too")
+        ids = prompt._shared(prompt.ids([], _PROBES[0], tokenizer), tokenizer)
+        if not ids:
+            raise InputError(
+                "the model's chat template has nothing before the first message, where a conversation begins; "
+                "give a document"
+            )
+        return prompt, ids
+
+    def _shared(self, first: list[int], tokenizer: Any) -> list[int]:
+        """Those tokens of `first`, the prompt of the first probe, that stay the same whatever is asked."""
+        others = (self.ids(first, question, tokenizer) for question in _PROBES[1:])
+        return first[: min(common_tokens(first, other) for other in others)]
 
     def _shortened(self, whole: list[int], tokenizer: Any) -> DocumentPrompt | None:
         """The same with a short tail, if the tokens are those of the `whole` prompt of the first probe."""
@@ -85,7 +122,8 @@ class DocumentPrompt:
         """
         check_text(question, "the question")
         special = not self.before and not has_chat_template(tokenizer)
-        return document[: self.before] + tokenize(self.tail + _behind(question, tokenizer), tokenizer, special)
+        behind = _behind(question, tokenizer, "\n\n" if self.sha256 else "")
+        return document[: self.before] + tokenize(self.tail + behind, tokenizer, special)
 
 
 def conversation_ids(
@@ -138,11 +176,11 @@ def common_tokens(first: list[int], second: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
-def _behind(question: str, tokenizer: Any) -> str:
-    """The prompt's text behind the document."""
+def _behind(question: str, tokenizer: Any, between: str) -> str:
+    """The prompt's text behind the document, from which `between` parts the question."""
     if not has_chat_template(tokenizer):
         return f"\n\nQuestion: {question}\nAnswer:"
-    rendered = render_messages([{"role": "user", "content": f"{_MARK}\n\n{question}"}], tokenizer)
+    rendered = render_messages([{"role": "user", "content": f"{_MARK}{between}{question}"}], tokenizer)
     return _around(rendered.partition(_MARK))[1]
 
 
@@ -155,7 +193,7 @@ def _around(parts: tuple[str, str, str]) -> tuple[str, str]:
     before, mark, behind = parts
     if not mark:
         raise InputError(
-            "the model's chat template changes the text it is given, so a document cannot be read before its "
-            "questions; use `ds-offload run` without --session"
+            "the model's chat template changes the text it is given, so nothing can be read before the questions; "
+            "use `ds-offload run` without --session"
         )
     return before, behind

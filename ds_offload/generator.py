@@ -19,7 +19,7 @@ from ds_offload.loading import LoadedModel
 from ds_offload.memory_check import check_request
 from ds_offload.monitor import FidelityMonitor
 from ds_offload.notices import notice, warn
-from ds_offload.open_session import load_session, read_document
+from ds_offload.open_session import begin_conversation, load_session, read_document
 from ds_offload.prefetch.streams import Faults
 from ds_offload.prefill import ProgressCallback, prefill
 from ds_offload.prefill_checkpoint import PrefillCheckpoint
@@ -166,6 +166,10 @@ class OffloadedGenerator(CallPlanner):
             InputError: An empty or too long document, or one that does not fit.
         """
         return read_document(self, document, on_progress, checkpoint)
+
+    def converse(self, system: str | None = None) -> Session:
+        """A conversation without a document, by the chat template; InputError where the model has none."""
+        return begin_conversation(self, system)
 
     def load_session(self, path: str | Path) -> Session:
         """A session that `Session.save` wrote to `path`; InputError where that is damaged or of another model."""

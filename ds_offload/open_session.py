@@ -1,4 +1,4 @@
-"""How a session begins: with a document that is read, or one that was saved."""
+"""How a session begins: with a document that is read, with a first message, or as one that was saved."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def read_document(
 ) -> Session:
     """A session over a document; see `OffloadedGenerator.prefill`."""
     generator.check_open()
-    loaded, prompt = generator.loaded, None
+    loaded = generator.loaded
+    prompt: DocumentPrompt | None = None
     if isinstance(document, str):
         prompt, ids = DocumentPrompt.read(document, loaded.tokenizer)
     elif isinstance(document, list | tuple) and not any(isinstance(entry, str | dict | list) for entry in document):
@@ -44,6 +45,27 @@ def read_document(
     else:
         raise InputError("the document must be one text or one list of token ids; give messages to `generate`")
     check_room(ids, generator.config, "document")
+    return _read(generator, prompt, ids, on_progress, checkpoint)
+
+
+@torch.no_grad()
+def begin_conversation(generator: OffloadedGenerator, system: str | None = None) -> Session:
+    """A session without a document; see `OffloadedGenerator.converse`."""
+    generator.check_open()
+    prompt, ids = DocumentPrompt.opening(generator.loaded.tokenizer, system)
+    check_room(ids, generator.config, "conversation")
+    return _read(generator, prompt, ids, None, None)
+
+
+def _read(
+    generator: OffloadedGenerator,
+    prompt: DocumentPrompt | None,
+    ids: list[int],
+    on_progress: ProgressCallback | None,
+    checkpoint: str | Path | None,
+) -> Session:
+    """The session whose first tokens are `ids`."""
+    loaded = generator.loaded
     room = room_of(generator.config)
     plan = generator.plan_call([len(ids)], [room], continued=True)
     codes = generator.calibrated(ids) if generator.config.kv_dtype in QUANTISED_BITS else None

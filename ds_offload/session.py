@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +33,16 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """K/V of a document and of what was asked about it; made by `OffloadedGenerator.prefill` or `load_session`.
+    """K/V of a document and of what was asked about it; made by `OffloadedGenerator`.
+
+    Its `prefill` reads a document, its `converse` begins without one, and its `load_session` goes on with a saved one.
 
     A question costs its own tokens only. It joins the session with its answer, or is
     forgotten behind it (`keep=False`). Use a session as a context manager, or call `close`
     when done, before its generator is closed. One call runs at a time.
 
     Attributes:
-        document_tokens: Of `token_ids`, those of the document.
+        document_tokens: Of `token_ids`, those of the document, or of what stands before a conversation's first message.
         last_output: What the last `ask` or `stream` gave, once it has ended.
     """
 
@@ -55,7 +57,7 @@ class Session:
         document_tokens: int,
         stored: int,
     ) -> None:
-        """Own `context`, which holds the first `stored` tokens. Users call `OffloadedGenerator.prefill`."""
+        """Own `context`, which holds the first `stored` tokens. Users call methods of `OffloadedGenerator`."""
         self.document_tokens = document_tokens
         self.document = document
         self.last_output: GenerationOutput | None = None
@@ -125,7 +127,7 @@ class Session:
         keep: bool = True,
         on_progress: ProgressCallback | None = None,
         **sampling: Any,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """`ask` piece by piece; `last_output` holds the whole when the iterator ends.
 
         Closing the iterator early keeps what was said so far, or nothing with `keep=False`.
@@ -134,6 +136,18 @@ class Session:
             InputError: As `ask`, at the call.
         """
         return self._answer(self.token_ids, self._sequence(question, sampling), keep, False, on_progress)
+
+    def undo(self) -> None:
+        """Forget the last question that was kept, and its answer; again, the one before.
+
+        Raises:
+            InputError: None was kept since the document was read or the session loaded, or the session is closed or
+                still answering.
+        """
+        self._check_free()
+        if not self._conversation.undo():
+            raise InputError("there is nothing to undo: no question was kept since the session began or was loaded")
+        self.last_output = None
 
     @torch.no_grad()
     def fork(self) -> Session:
@@ -205,7 +219,7 @@ class Session:
         keep: bool,
         keep_logits: bool,
         on_progress: ProgressCallback | None,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         self._check_free()
         if self.token_ids is not before:
             raise InputError("the session went on since this stream was made; ask for another one")

@@ -120,6 +120,33 @@ def test_a_template_that_changes_the_text_is_refused() -> None:
             read()
 
 
+@pytest.mark.parametrize("system", [None, "Be brief.", f"{ds_offload.document_prompt._MARK} twice"])
+@pytest.mark.parametrize("question", [question for question in QUESTIONS if question == question.strip() != ""])
+def test_a_conversation_begins_as_the_template_puts_it(system: str | None, question: str) -> None:
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    for split in (True, False):
+        tokenizer = trained(TEMPLATE, split)
+        prompt, ids = DocumentPrompt.opening(tokenizer, system)
+        whole = encode_prompt([*messages, {"role": "user", "content": question}], tokenizer)
+        assert prompt.ids(ids, question, tokenizer) == whole
+        assert common_tokens(ids, whole) >= len(ids) - 1 > 0
+
+
+def test_where_no_conversation_begins() -> None:
+    bare = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    users_only = "{% for m in messages if m['role'] != 'system' %}<|im_start|>{{ m['content'] }}{% endfor %}"
+    refusals = [
+        (None, None, "needs a tokenizer"),
+        (trained(None, True), None, "needs a chat template"),
+        (trained(bare, True), None, "nothing before the first message"),
+        (trained(users_only, True), "Be brief.", "leaves the system message out"),
+        (trained(TEMPLATE, True), " ", "the system message is only white space"),
+    ]
+    for tokenizer, system, words in refusals:
+        with pytest.raises(InputError, match=words):
+            DocumentPrompt.opening(tokenizer, system)
+
+
 @pytest.mark.parametrize("document", ["", " \n", "\ud800"])
 def test_what_is_no_document(document: str) -> None:
     with pytest.raises(InputError, match="the document"):
