@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
+from ds_offload.cli.named_session import NamedSession
 from ds_offload.cli.option_groups import ModelOptions
 from ds_offload.cli.progress import ProgressReport
 from ds_offload.cli.run import build_prompt, check_chat, check_stop, end_text, print_json, print_pieces
@@ -21,10 +21,6 @@ from ds_offload.prefill_checkpoint import check_checkpoint_folder
 from ds_offload.preparation import PreparedModel, room_of
 from ds_offload.prompts import encode_prompt, parse_token_ids
 from ds_offload.session import Session
-from ds_offload.session_file import SessionWriteError
-from ds_offload.session_header import SessionHeader
-from ds_offload.session_names import session_path
-from ds_offload.session_place import HEADER, check_place, recover
 
 
 class SessionRun:
@@ -43,14 +39,11 @@ class SessionRun:
         question: str,
         chat: bool = False,
     ) -> None:
-        self._folder = session_path(name, sessions_dir)
+        self._named = NamedSession(name, sessions_dir)
         self._question = question
         self._chat = chat
         self._model = model
         self._config = config
-        recover(self._folder)
-        check_place(self._folder)
-        self._header = SessionHeader.read(self._folder) if (self._folder / HEADER).is_file() else None
 
     def run(
         self,
@@ -67,11 +60,11 @@ class SessionRun:
                 a question, a stop or a checkpoint that would fail behind the reading of the document.
             SessionWriteError: The session could not be saved; the answer was printed.
         """
-        real = Path(os.path.realpath(self._folder))
+        real = Path(os.path.realpath(self._named.folder))
         if checkpoint is not None and given_path(checkpoint, "checkpoint").resolve().is_relative_to(real):
             raise InputError(
-                f"--checkpoint {checkpoint} is in the folder of the session {self._folder}, which takes nothing else; "
-                "give --checkpoint another folder"
+                f"--checkpoint {checkpoint} is in the folder of the session {self._named.folder}, which takes nothing "
+                "else; give --checkpoint another folder"
             )
         text = self._text(prompt, prompt_file)
         prepared = PreparedModel.find(**dataclasses.asdict(self._model), config=self._config)
@@ -83,11 +76,11 @@ class SessionRun:
         document = self._document(text, prepared)
         if checkpoint is not None:
             if document is None:
-                notice(f"the session {self._folder} is read already: --checkpoint is not used")
+                notice(f"the session {self._named.folder} is read already: --checkpoint is not used")
             else:
                 check_checkpoint_folder(given_path(checkpoint, "checkpoint"))
         with OffloadedGenerator.from_prepared(prepared) as generator:
-            session, unsaved = self._open(generator, document, checkpoint)
+            session, unsaved = self._named.open(generator, document, checkpoint)
             with session:
                 _answer(generator, session, question, sampling, as_json)
         if unsaved is not None:
@@ -97,51 +90,27 @@ class SessionRun:
         """The document's text; None where none was given and the session is there."""
         if prompt is not None or prompt_file is not None:
             return read_prompt(prompt, prompt_file)
-        if self._header is not None:
+        if self._named.header is not None:
             return read_redirected()
         try:
             return read_prompt(None, None)
         except InputError as error:
-            raise InputError(f"there is no session {self._folder} yet, and {error}") from None
+            raise InputError(f"there is no session {self._named.folder} yet, and {error}") from None
 
     def _document(self, text: str | None, prepared: PreparedModel) -> str | list[int] | None:
         """The document to read; None where the session is there, and of that document."""
         if text is None:
             return None
         document = text if prepared.tokenizer is not None else parse_token_ids(text)
-        header = self._header
-        if header is None:
+        if self._named.header is None:
             ids = prepared.encode(document if isinstance(document, list) else self._first_prompt(text, prepared))
             prepared.check([len(ids)], [room_of(prepared.config)])
             return document
-        if isinstance(document, list):
-            same = document == header.token_ids[: header.document_tokens]
-        else:
-            same = header.document is not None and _digest(document) == header.document.sha256
-        if not same:
-            raise InputError(
-                f"the session {self._folder} is of another document; give --session another name, leave the document "
-                "out, or remove the session with `ds-offload session rm`"
-            )
+        self._named.check_document(document)
         return None
 
     def _first_prompt(self, text: str, prepared: PreparedModel) -> Any:
         return build_prompt(text, self._question, False, prepared.tokenizer)
-
-    def _open(
-        self, generator: OffloadedGenerator, document: str | list[int] | None, checkpoint: str | None
-    ) -> tuple[Session, Exception | None]:
-        """The session, and why it could not be saved: the question is answered all the same."""
-        if document is None:
-            return generator.load_session(self._folder), None
-        with ProgressReport(phases=("prefill",)) as progress:
-            session = generator.prefill(document, on_progress=progress, checkpoint=checkpoint)
-        try:
-            session.save(self._folder)
-            notice(f"the document is kept as the session {self._folder}")
-        except (SessionWriteError, InputError) as error:
-            return session, error
-        return session, None
 
 
 def _answer(
@@ -156,7 +125,3 @@ def _answer(
         print_pieces(session.stream(question, keep=False, on_progress=progress, **sampling), progress)
     assert session.last_output is not None
     end_text(session.last_output)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
