@@ -15,6 +15,7 @@ import ds_offload
 from ds_offload.cli import bench, session
 from ds_offload.cli import eval as evaluation
 from ds_offload.cli.calibrate import calibrate
+from ds_offload.cli.chat import chat
 from ds_offload.cli.doctor import doctor
 from ds_offload.cli.option_groups import add_options
 from ds_offload.cli.plan import plan
@@ -61,6 +62,7 @@ def _register(command: Callable[..., None]) -> None:
 
 
 _register(run)
+_register(chat)
 _register(summarize)
 _register(calibrate)
 _register(plan)

@@ -117,11 +117,11 @@ Command = Callable[..., Ended]
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Runs `ds-offload ARGUMENTS` in this process; `stdin` is bytes of a pipe, None is a terminal."""
+    """Runs `ds-offload ARGUMENTS` in this process; `stdin` is bytes of a pipe, None a terminal, and `typed` there."""
     from ds_offload.cli.main import main
 
-    def run(*arguments: str, stdin: bytes | None = None) -> Ended:
-        monkeypatch.setattr(sys, "stdin", Pipe(stdin or b"", terminal=stdin is None))
+    def run(*arguments: str, stdin: bytes | None = None, typed: bytes = b"") -> Ended:
+        monkeypatch.setattr(sys, "stdin", Pipe(typed if stdin is None else stdin, terminal=stdin is None))
         capsys.readouterr()
         status = main(list(arguments))
         captured = capsys.readouterr()
