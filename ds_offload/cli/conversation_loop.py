@@ -56,7 +56,14 @@ class ConversationLoop:
         self._named = named
         self._sessions_dir = sessions_dir
         self._answers = 0
-        self._commands = {"/save": self._save, "/undo": self._undo, "/stats": self._stats, "/help": self._help}
+        self._ended = False
+        self._commands = {
+            "/save": self._save,
+            "/undo": self._undo,
+            "/stats": self._stats,
+            "/help": self._help,
+            "/exit": self._exit,
+        }
 
     def run(self) -> None:
         """Answer until the input or /exit ends it.
@@ -68,17 +75,19 @@ class ConversationLoop:
         if self._lines.interactive:
             model = self._generator.loaded.source.name
             notice(f"{model}: {self._room_text()}; /help lists the commands, Ctrl-D ends the conversation")
-        while (line := self._lines.read()) is not None:
-            words = line.split(maxsplit=1)
-            if words[:1] == ["/exit"] and line.startswith("/"):
-                break
+        while not self._ended and (line := self._lines.read()) is not None:
             try:
                 if line.startswith("/"):
-                    self._command(words[0], words[1].strip() if len(words) > 1 else "")
-                elif words:
+                    name, *rest = line.split(maxsplit=1)
+                    self._command(name, "".join(rest).strip())
+                elif line.strip():
                     self._ask(line.strip())
             except (InputError, SessionWriteError) as error:
                 self.refuse(error)
+            except KeyboardInterrupt:
+                if not self._lines.interactive:
+                    raise
+                notice("interrupted")
 
     def refuse(self, error: Exception) -> None:
         """Say what was wrong with a question or command; the conversation goes on."""
@@ -186,6 +195,9 @@ class ConversationLoop:
 
     def _help(self, _: str) -> None:
         print(HELP, file=sys.stderr, flush=True)
+
+    def _exit(self, _: str) -> None:
+        self._ended = True
 
     def _room_text(self) -> str:
         tokens, room = len(self._session.token_ids), room_of(self._session.config)

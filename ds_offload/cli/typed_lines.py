@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
+from collections.abc import Callable
 
 from ds_offload.errors import InputError
 
@@ -14,7 +14,7 @@ class TypedLines:
     """Standard input line by line; a line that ends with a backslash goes on in the next one.
 
     On a terminal there is a prompt, with editing and a history where Python has readline. Ctrl-C there
-    clears what was typed, and twice in a row raises KeyboardInterrupt.
+    clears what was typed, and where nothing was typed since, the next one raises KeyboardInterrupt.
 
     Attributes:
         interactive: Whether standard input is a terminal.
@@ -30,10 +30,14 @@ class TypedLines:
         # Python's input edits lines only where both are terminals, and puts its prompt on stdout.
         self._edited = self.interactive and sys.stdout.isatty()
         self._number = 0
+        self._begun: Callable[[], str] = str
         if self._edited:
-            # From being imported on it serves `input`.
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401
+            try:
+                # From now on it serves `input`.
+                import readline
+            except ImportError:
+                return
+            self._begun = readline.get_line_buffer
 
     def read(self) -> str | None:
         """The next line, or lines joined; None at the end of the input.
@@ -46,7 +50,7 @@ class TypedLines:
             try:
                 return self._read()
             except KeyboardInterrupt:
-                if interrupted or not self.interactive:
+                if not self.interactive or (interrupted and not self._begun()):
                     raise
                 interrupted = True
                 print("\n(Ctrl-C once more, or Ctrl-D, ends the conversation)", file=sys.stderr, flush=True)

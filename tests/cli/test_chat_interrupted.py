@@ -22,6 +22,7 @@ import ds_offload.conversation
 from ds_offload.generation import Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
+PROMPT = r"\n> $"
 # A session's leader gets the first terminal that it opens: Ctrl-C comes from there.
 STARTS = """
 import os, sys
@@ -132,23 +133,42 @@ def test_ctrl_c_while_a_question_is_read_forgets_it(
     assert ended.status == 130 and ended.error_lines[-1] == "ds-offload: interrupted"
 
 
+def test_ctrl_c_while_a_command_works_loses_nothing(
+    command: Any, chat_model: str, book: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ds_offload.session.write_session", save)
+    with opened(chat_model) as session:
+        expected = printed(asked(session, QUESTIONS[0])[0])
+    common = ("chat", *CPU, "--model", chat_model, "--prompt-file", book)
+    ended = command(*common, typed=lines(f"/save {tmp_path / 'new'}", QUESTIONS[0]))
+    assert ended.status == 0 and ended.out == expected and "ds-offload: interrupted\n" in ended.err
+    assert command(*common, stdin=lines(f"/save {tmp_path / 'new'}", QUESTIONS[0])).status == 130
+
+
 def test_a_terminal(chat_model: str, book: str) -> None:
     """The prompt, a line that goes on, Ctrl-C in an answer, a line that is cleared, and twice at the prompt."""
+    pytest.importorskip("readline")
     with terminal("--device", "cpu", "--model", chat_model, "--prompt-file", book, "--max-new-tokens", "250") as shown:
-        start = shown.until("> $")
+        start = shown.until(PROMPT)
         assert "of 512 tokens, room for" in start and "/help lists the commands" in start
         shown.type("Who \\\n")
         assert shown.until(r"\.\.\. $").endswith("... ")
         shown.type("wrote it?\n")
         shown.until(r"wrote it\?\r\n\s*\S")
         shown.type("\x03")
-        assert "what was said so far is kept" in shown.until("> $")
-        shown.type("half a question\x03")
-        assert "(Ctrl-C once more, or Ctrl-D, ends the conversation)" in shown.until("> $")
+        assert "what was said so far is kept" in shown.until(PROMPT)
+        for _ in range(3):
+            shown.type("half a question")
+            shown.until("half a question")
+            shown.type("\x03")
+            assert "(Ctrl-C once more, or Ctrl-D, ends the conversation)" in shown.until(PROMPT)
         shown.type("/undo\n")
-        assert "the last question is forgotten" in shown.until("> $")
+        assert "the last question is forgotten" in shown.until(PROMPT)
         shown.type("\x03")
-        shown.until("> $")
+        shown.until(PROMPT)
         shown.type("\x03")
         shown.until("ds-offload: interrupted")
         assert shown.ended() == 130
@@ -156,6 +176,6 @@ def test_a_terminal(chat_model: str, book: str) -> None:
 
 def test_a_terminal_that_ends_the_input(chat_model: str) -> None:
     with terminal(*CPU, "--model", chat_model) as shown:
-        shown.until("> $")
+        shown.until(PROMPT)
         shown.type("\x04")
         assert shown.ended() == 0
