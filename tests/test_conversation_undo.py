@@ -19,11 +19,17 @@ CASES: dict[str, dict[str, Any]] = {
     "dense layer": {"dense_layers": (1,)},
     "store on the device": {"kv_location": "gpu"},
 }
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES)
-def test_the_next_answer_is_that_of_a_question_that_was_not_kept(case: str, tiny_llama: Path) -> None:
-    with make(tiny_llama, **CASES[case]) as gen, gen.prefill(DOCUMENT) as session, gen.prefill(DOCUMENT) as other:
+def test_the_next_answer_is_that_of_a_question_that_was_not_kept(case: str, device: str, tiny_llama: Path) -> None:
+    with (
+        make(tiny_llama, device, **CASES[case]) as gen,
+        gen.prefill(DOCUMENT) as session,
+        gen.prefill(DOCUMENT) as other,
+    ):
         for one in (session, other):
             ask(one, QUESTIONS[0])
         said, stored = list(session.token_ids), session.stored

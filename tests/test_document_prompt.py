@@ -164,3 +164,8 @@ def test_smollm2(smollm2: Path) -> None:
         whole = prompt.ids(ids, question, tokenizer)
         assert whole == encode_prompt(document_prompt(TEXT, question, tokenizer), tokenizer)
         assert common_tokens(ids, whole) == len(ids)
+    opening, ids = DocumentPrompt.opening(tokenizer)
+    for question in (question for question in QUESTIONS if question == question.strip() != ""):
+        whole = opening.ids(ids, question, tokenizer)
+        assert whole == encode_prompt([{"role": "user", "content": question}], tokenizer)
+        assert common_tokens(ids, whole) == len(ids)
