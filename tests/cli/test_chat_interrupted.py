@@ -49,6 +49,11 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._end, text.encode())
 
+    def interrupt(self) -> None:
+        """Ctrl-C at the prompt, which Python sees only while it waits for a key: right behind one it is missed."""
+        time.sleep(0.5)
+        self.type("\x03")
+
     def until(self, pattern: str, seconds: float = 60) -> str:
         """All that it shows up to what matches."""
         shown, until = b"", time.monotonic() + seconds
@@ -163,13 +168,13 @@ def test_a_terminal(chat_model: str, book: str) -> None:
         for _ in range(3):
             shown.type("half a question")
             shown.until("half a question")
-            shown.type("\x03")
+            shown.interrupt()
             assert "(Ctrl-C once more, or Ctrl-D, ends the conversation)" in shown.until(PROMPT)
         shown.type("/undo\n")
         assert "the last question is forgotten" in shown.until(PROMPT)
-        shown.type("\x03")
+        shown.interrupt()
         shown.until(PROMPT)
-        shown.type("\x03")
+        shown.interrupt()
         shown.until("ds-offload: interrupted")
         assert shown.ended() == 130
 
