@@ -189,6 +189,16 @@ class Conversation:
         self._windowed = rewind(self.context, tokens, window)
         self._unsettled = False
 
+    def take_back(self, tokens: int) -> None:
+        """Unsay what is behind the first `tokens` tokens, for good: nothing before them can be undone any more.
+
+        Behind a turn that broke off, the next one lets go of it.
+        """
+        self.token_ids = self.token_ids[:tokens]
+        self._turns.clear()
+        if self.stored > tokens and not self._unsettled:
+            self.forget(tokens)
+
     def _check_open(self) -> None:
         """Whoever takes a stream may close what it comes from between two pieces."""
         if self.closed:

@@ -24,6 +24,7 @@ from ds_offload.memory_check import check_request
 from ds_offload.notices import warn
 from ds_offload.prefill import ProgressCallback
 from ds_offload.preparation import check_room, room_of
+from ds_offload.prompts import encode_prompt
 from ds_offload.sampling import SamplingParams
 from ds_offload.session_file import write_session
 from ds_offload.session_header import SessionHeader, SessionIdentity, calibration_digest
@@ -149,6 +150,42 @@ class Session:
             raise InputError("there is nothing to undo: no question was kept since the session began or was loaded")
         self.last_output = None
 
+    def stream_prompt(
+        self, token_ids: list[int], *, on_progress: ProgressCallback | None = None, **sampling: Any
+    ) -> Generator[str, None, None]:
+        """Answer a whole prompt piece by piece; what it and the session both begin with is not read again.
+
+        The session is one of that prompt from then on, without its answer: what was said is forgotten, so that a
+        later prompt with that answer in it reads it as `generate` would. Closing the iterator early does the same.
+
+        Args:
+            token_ids: The whole prompt.
+            on_progress, **sampling: As in `OffloadedGenerator.generate`.
+
+        Raises:
+            InputError: As `ask`, at the call.
+        """
+        self._check_free()
+        vocabulary = self._generator.loaded.source.shape.vocab_size
+        ids = encode_prompt(token_ids, None, vocabulary)
+        return self._answer_prompt(self.token_ids, self._room_for(ids, sampling), on_progress)
+
+    def _answer_prompt(
+        self, before: list[int], sequence: Sequence, on_progress: ProgressCallback | None
+    ) -> Generator[str, None, None]:
+        self._check_same(before)
+        context = self._conversation.context
+        budget = context.budget_state
+        try:
+            yield from self._answer(before, sequence, True, False, on_progress)
+        finally:
+            # What a monitor raised for this answer is not the next one's.
+            context.budget_state = budget
+            if self.token_ids is not before and not self._conversation.closed:
+                # The prompt was read.
+                self._conversation.take_back(len(sequence.prompt))
+                self.document, self.document_tokens = None, len(sequence.prompt)
+
     @torch.no_grad()
     def fork(self) -> Session:
         """Another session that begins as this one and goes its own way.
@@ -204,9 +241,11 @@ class Session:
 
     def _sequence(self, question: str | list[int], sampling: dict[str, Any]) -> Sequence:
         self._check_free()
-        params = SamplingParams(**sampling)
         before = self.token_ids, self.document, self.document_tokens
-        ids = conversation_ids(*before, question, self._generator.loaded)
+        return self._room_for(conversation_ids(*before, question, self._generator.loaded), sampling)
+
+    def _room_for(self, ids: list[int], sampling: dict[str, Any]) -> Sequence:
+        params = SamplingParams(**sampling)
         check_room(ids, self.config, "conversation")
         assert isinstance(params.max_new_tokens, int)
         limit = min(params.max_new_tokens, room_of(self.config) - len(ids))
@@ -220,11 +259,14 @@ class Session:
         keep_logits: bool,
         on_progress: ProgressCallback | None,
     ) -> Generator[str, None, None]:
+        self._check_same(before)
+        stats = yield from self._conversation.answer(sequence, keep, keep_logits, on_progress)
+        self.last_output = sequence.output(stats)
+
+    def _check_same(self, before: list[int]) -> None:
         self._check_free()
         if self.token_ids is not before:
             raise InputError("the session went on since this stream was made; ask for another one")
-        stats = yield from self._conversation.answer(sequence, keep, keep_logits, on_progress)
-        self.last_output = sequence.output(stats)
 
     def _check_free(self) -> None:
         if self._conversation.closed:
