@@ -20,6 +20,7 @@ from ds_offload.cli.doctor import doctor
 from ds_offload.cli.option_groups import add_options
 from ds_offload.cli.plan import plan
 from ds_offload.cli.run import run
+from ds_offload.cli.serve import serve
 from ds_offload.cli.summarize import summarize
 from ds_offload.errors import InputError
 
@@ -63,6 +64,7 @@ def _register(command: Callable[..., None]) -> None:
 
 _register(run)
 _register(chat)
+_register(serve)
 _register(summarize)
 _register(calibrate)
 _register(plan)
