@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,16 @@ def test_turns_of_one_conversation(tiny_llama: Path) -> None:
             assert "".join(pieces) == answer.output.text == expected.text
             before = len(prompt)
             prompt = prompt + answer.output.token_ids
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_thread_of_its_own_answers_two_conversations(tiny_llama: Path, device: str) -> None:
+    """As the server's does; on a GPU it captures the graphs, too."""
+    with make(tiny_llama, device) as generator, kept(generator, 2) as sessions, ThreadPoolExecutor(1) as thread:
+        for question in QUESTIONS:
+            for prompt in (DOCUMENT + question, OTHER + question):
+                answer = thread.submit(ask, sessions, prompt).result()
+                assert answer.output.token_ids == generator.generate(prompt, max_new_tokens=NEW).token_ids
 
 
 @pytest.mark.parametrize(("keep", "cached"), [(0, [0, 0, 0, 0]), (1, [0, 0, 0, 0]), (2, [0, 0, 150, 160])])
