@@ -82,7 +82,7 @@ class KeptSessions:
             usable = False
             try:
                 stream = session.stream_prompt(ids, on_progress=report, **sampling)
-                with contextlib.closing(stream):  # type: ignore[type-var]
+                with contextlib.closing(stream):
                     for piece in stream:
                         on_piece(piece)
                         check()
