@@ -149,25 +149,25 @@ class Sampler:
         Raises:
             LoadError: Logits that are not finite.
         """
-        token = self._draw(self.process(logits))
+        scores = self.process(logits)
+        best, token = scores.max(dim=-1)
+        if not self._greedy:
+            # Weights that are not finite would end in an assertion of the device; they are refused below.
+            weights = scores.softmax(dim=-1).nan_to_num(nan=1.0)
+            token = torch.multinomial(weights, 1, generator=self._generator)[0]
         if self._seen is not None:
-            self._seen = torch.cat((self._seen, token.to(torch.int64)), dim=1)
-        return int(token)
+            self._seen = torch.cat((self._seen, token[None]), dim=1)
+        # Read at once, so that the host waits once; a float32 holds every id. NaN counts as the largest score.
+        highest, drawn = torch.cat((best, token.to(best.dtype))).tolist()
+        if not math.isfinite(highest):
+            raise LoadError(
+                "the model gave logits that are not finite; its weights are damaged, or need a wider dtype "
+                "such as --dtype bf16 or fp32"
+            )
+        return int(drawn)
 
     def process(self, logits: Tensor) -> Tensor:
         """The logits after every processor: [vocab] float32 in, [1, vocab] float32 out."""
         row = logits[None].float()
         ids = self._seen if self._seen is not None else torch.empty(1, 0, dtype=torch.int64, device=row.device)
         return self._processors(cast(torch.LongTensor, ids), cast(torch.FloatTensor, row))
-
-    def _draw(self, scores: Tensor) -> Tensor:
-        best, token = scores.max(dim=-1, keepdim=True)
-        # NaN counts as the largest. It would be answered with token 0, or on CUDA with an assertion of the device.
-        if not math.isfinite(best):
-            raise LoadError(
-                "the model gave logits that are not finite; its weights are damaged, or need a wider dtype "
-                "such as --dtype bf16 or fp32"
-            )
-        if self._greedy:
-            return token
-        return torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator)
