@@ -1,5 +1,6 @@
-"""Headers of GGUF files, beside what the gguf package reads of the same files."""
+"""What is taken of GGUF files' headers."""
 
+import os
 from pathlib import Path
 
 import gguf
@@ -38,14 +39,34 @@ def write(path: Path, alignment: int | None = None) -> None:
 
 
 @pytest.mark.parametrize("alignment", [None, 256])
-def test_numbers_texts_and_tensors_are_those_that_gguf_reads(alignment: int | None, tmp_path: Path) -> None:
+def test_numbers_texts_and_tensors(alignment: int | None, tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", alignment)
-    header, reader = read_gguf_header(tmp_path / "m.gguf"), gguf.GGUFReader(tmp_path / "m.gguf")
-    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    arrays = {"test.numbers", "test.texts", "test.nested"}
-    assert header.values == {name: field.contents() for name, field in fields.items() if name not in arrays}
-    assert header.tensors == {tensor.name for tensor in reader.tensors}
+    header = read_gguf_header(tmp_path / "m.gguf")
+    stated = {name.removeprefix("test."): value for name, value in header.values.items() if name.startswith("test.")}
+    assert stated == {
+        "byte": 255,
+        "short": -7,
+        "long": 2**63,
+        "half": 0.5,
+        "third": 1 / 3,
+        "yes": True,
+        "text": "naïve",
+        "last": 9,
+    }
+    assert header.values["general.architecture"] == "llama"
+    assert header.tensors == {"odd", FREQUENCY_FACTORS, "square"}
     assert header.frequency_factors == (1, 2.5, 32)
+    assert read_gguf_header(tmp_path / "m.gguf") is header
+
+
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write(path)
+    before = read_gguf_header(path)
+    write(path, 256)
+    os.utime(path, ns=(0, 0))
+    assert "general.alignment" not in before.values
+    assert read_gguf_header(path).values["general.alignment"] == 256
 
 
 def test_what_is_no_gguf_is_refused(tmp_path: Path) -> None:
